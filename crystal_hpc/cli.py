@@ -1,0 +1,280 @@
+"""The command line: parse, call one function, print.
+
+Imports of the package are inside the commands, because `crystal --help` and `crystal plan` must answer at once on a
+login node, without torch. A user's mistake is printed as it stands and ends with exit code 2.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from crystal_hpc import __version__
+from crystal_hpc.errors import CrystalError
+
+RUN_FOLDER = click.argument("run", type=click.Path(path_type=Path))
+SETTINGS = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+class _Crystal(click.Group):
+    """Prints a CrystalError without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CrystalError as error:
+            for line in str(error).splitlines():
+                click.echo(f"error: {line}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Crystal, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Pretrain language models in data phases on preemptible clusters."""
+
+
+@main.group()
+def config() -> None:
+    """Check and describe run and cluster files."""
+
+
+@config.command("check")
+@click.argument("file", type=click.Path(path_type=Path))
+@SETTINGS
+def config_check(file: Path, overrides: tuple[str, ...]) -> None:
+    """Report everything wrong with a run file; the data need not be there."""
+    from crystal_hpc.config.load import load_run
+
+    run = load_run(file, overrides)
+    click.echo(f"{file}: a valid run, {run.name!r}, {len(run.phases)} phases")
+
+
+@config.command("show")
+@click.argument("file", type=click.Path(path_type=Path))
+@SETTINGS
+def config_show(file: Path, overrides: tuple[str, ...]) -> None:
+    """Print a run file with overrides and defaults filled in."""
+    from crystal_hpc.config.load import dump_yaml, load_run
+
+    click.echo(dump_yaml(load_run(file, overrides)), nl=False)
+
+
+@config.command("schema")
+@click.argument("kind", type=click.Choice(["run", "cluster"]), default="run")
+def config_schema(kind: str) -> None:
+    """Print the JSON Schema of run or cluster files, for editors."""
+    import json
+
+    from crystal_hpc.config.describe import json_schema
+    from crystal_hpc.config.schema import Cluster, Run
+
+    click.echo(json.dumps(json_schema({"run": Run, "cluster": Cluster}[kind]), indent=2))
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@SETTINGS
+def plan(file: Path, overrides: tuple[str, ...]) -> None:
+    """Show tokens, steps and epochs by source and phase, before anything runs."""
+    from crystal_hpc.config.load import load_run
+    from crystal_hpc.data.sources import read_sources
+    from crystal_hpc.report.plan import describe_plan, make_plan
+
+    run = load_run(file, overrides)
+    click.echo(describe_plan(run, make_plan(run, read_sources(run))))
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@SETTINGS
+@click.option("--cluster", required=True, type=click.Path(path_type=Path), help="Cluster file, see configs/clusters.")
+@click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Folder of all runs.")
+@click.option("--wait/--no-wait", default=False, help="Stay and show progress; Ctrl-C leaves the job running.")
+def submit(file: Path, overrides: tuple[str, ...], cluster: Path, runs: Path, wait: bool) -> None:
+    """Start a run, or take it up where it stopped."""
+    from crystal_hpc.config.load import load_cluster, load_run
+    from crystal_hpc.jobs import journal
+    from crystal_hpc.jobs import submit as jobs
+
+    machine = load_cluster(cluster)
+    folder = jobs.prepare(load_run(file, overrides), machine, runs)
+    since = len(journal.read_attempts(folder))
+    job = jobs.start(folder, machine)
+    click.echo(f"submitted job {job.job_id} for {folder}")
+    if not wait:
+        click.echo(f"watch it with: crystal status {folder}")
+        return
+    entry = jobs.follow(folder, job, since, click.echo)
+    if entry is None or entry["outcome"] != "finished":
+        click.echo(f"the run is not finished; see: crystal logs {folder}", err=True)
+        sys.exit(1)
+
+
+@main.command()
+@RUN_FOLDER
+@click.option("--watch", is_flag=True, help="Show again every few seconds.")
+def status(run: Path, watch: bool) -> None:
+    """Show phases, attempts and progress of a run, from its folder alone."""
+    import time
+
+    from crystal_hpc.jobs.status import describe_status
+
+    click.echo(describe_status(run))
+    while watch:
+        time.sleep(5)
+        click.clear()
+        click.echo(describe_status(run))
+
+
+@main.command()
+@RUN_FOLDER
+@click.option("--rank", type=int, default=0, show_default=True)
+@click.option("--follow", is_flag=True, help="Go on as the log grows.")
+@click.option("--lines", type=int, default=40, show_default=True, help="How many of the last lines to begin with.")
+def logs(run: Path, rank: int, follow: bool, lines: int) -> None:
+    """Print the log of a rank of the newest job."""
+    from crystal_hpc.jobs.status import log_lines
+
+    for line in log_lines(run, rank, lines, follow):
+        click.echo(line, nl=False)
+
+
+@main.command()
+@RUN_FOLDER
+def cancel(run: Path) -> None:
+    """Tell a running job to save and leave."""
+    from crystal_hpc.jobs.status import cancel as cancel_job
+
+    click.echo(cancel_job(run))
+
+
+@main.command()
+@RUN_FOLDER
+@click.option("--check", is_flag=True, help="Recompute from the stores which rows every step must have consumed.")
+def ledger(run: Path, check: bool) -> None:
+    """Show what a run consumed of each source; with --check, prove it sample by sample."""
+    from crystal_hpc.report.ledger import check_ledger, describe_ledger
+
+    click.echo(check_ledger(run) if check else describe_ledger(run))
+
+
+@main.command()
+@RUN_FOLDER
+def report(run: Path) -> None:
+    """Write RUN/report.html, one self-contained page."""
+    from crystal_hpc.report.html import write_report
+
+    click.echo(write_report(run))
+
+
+def _progress(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command a progress callback `on_progress(what, done, total)`."""
+
+    @wraps(command)
+    def with_progress(**arguments: Any) -> None:
+        from crystal_hpc.progress import shown_progress
+
+        with shown_progress() as on_progress:
+            command(on_progress=on_progress, **arguments)
+
+    return with_progress
+
+
+@main.group()
+def data() -> None:
+    """Make corpora, tokenizers and token stores."""
+
+
+@data.command("corpus")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the JSONL files.")
+@click.option("--bytes-per-source", type=int, default=10_000_000, show_default=True)
+@click.option("--held-out", type=float, default=0.02, show_default=True, help="Share of documents kept for evaluation.")
+@_progress
+def data_corpus(out: Path, bytes_per_source: int, held_out: float, on_progress: Any) -> None:
+    """Collect a small corpus of prose and code from this Python installation."""
+    from crystal_hpc.data.harvest import harvest
+
+    for name, counts in harvest(out, bytes_per_source, held_out, on_progress).items():
+        click.echo(f"{out / name}: {counts['documents']:,} documents, {counts['bytes']:,} bytes")
+
+
+@data.command("tokenizer")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for tokenizer.json.")
+@click.option("--vocab", "vocab_size", type=int, default=32_000, show_default=True, help="Without special tokens.")
+@_progress
+def data_tokenizer(files: tuple[Path, ...], out: Path, vocab_size: int, on_progress: Any) -> None:
+    """Train a LLaMA-style BPE tokenizer on JSONL files."""
+    from crystal_hpc.data.tokenizer import train_tokenizer
+
+    made = train_tokenizer(list(files), out, vocab_size, on_progress)
+    click.echo(f"{out}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint}")
+
+
+@data.command("build")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--tokenizer", required=True, type=click.Path(path_type=Path), help="A tokenizer.json or its folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the shuffle.")
+@click.option("--fresh", is_flag=True, help="Delete a store that is there, and start again.")
+@_progress
+def data_build(files: tuple[Path, ...], tokenizer: Path, out: Path, seed: int, fresh: bool, on_progress: Any) -> None:
+    """Encode JSONL files into a token store; run again after a crash to go on."""
+    from crystal_hpc.data.build import build_store
+
+    info = build_store(list(files), out, tokenizer, seed=seed, fresh=fresh, on_progress=on_progress)
+    assert info is not None
+    rejected = f", rejected lines {dict(info.rejected)}" if info.rejected else ""
+    click.echo(f"{out}: {info.documents:,} documents, {info.tokens:,} tokens, {len(info.shards)} shards{rejected}")
+
+
+@main.command()
+@RUN_FOLDER
+@click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/exports/PHASE-STEP.")
+@click.option("--phase", help="Default: the newest checkpoint's.")
+@click.option("--step", type=int, help="Default: the newest of the phase.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights; default: as trained.")
+@click.option("--overwrite", is_flag=True, help="Replace an export that is there.")
+@click.option("--verify/--no-verify", default=True, help="Compare the logits with Megatron's.")
+@_progress
+def export(
+    run: Path, out: Path | None, phase: str | None, step: int | None, dtype: Any, overwrite: bool, verify: bool,
+    on_progress: Any,
+) -> None:  # fmt: skip
+    """Convert a checkpoint to a Hugging Face folder."""
+    import os
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparison wants plain float32, on a GPU machine too
+    from crystal_hpc.convert.export import export_run
+
+    click.echo(export_run(run, out, phase, step, dtype, verify, overwrite, on_progress))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True)
+@click.option("--tokens", type=int, default=40, show_default=True)
+@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 takes the likeliest token.")
+@click.option("--seed", type=int, default=1, show_default=True)
+def sample(folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Continue a text with an exported model, through Transformers."""
+    from crystal_hpc.convert.sample import generate
+
+    click.echo(prompt + generate(folder, prompt, tokens, temperature, seed))
+
+
+@main.command()
+@click.option("--fresh", is_flag=True, help="Delete an earlier demo first; otherwise go on from it.")
+def demo(fresh: bool) -> None:
+    """From raw text to a trained, preempted, resumed and exported three-phase model, in a few minutes."""
+    from crystal_hpc.demo import run_demo
+
+    run_demo(fresh)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What several keys of a config must agree on. Each rule yields a line that says what is wrong and what would be right.
+
+Types and unknown keys are `load`'s concern; what needs the disk (stores, tokenizer) is `report.plan`'s and the job's.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+
+from crystal_hpc.config import derive
+from crystal_hpc.config.schema import Cluster, Phase, Run
+
+SUM_TOLERANCE = 1e-5  # published weights are rounded: Crystal's phase 1 sums to 0.999999
+
+
+def run_problems(run: Run) -> Iterator[str]:
+    """Everything in a run that cannot work whatever the cluster."""
+    model, parallel = run.model, run.parallel
+    if model.hidden % model.heads:
+        yield f"model.heads: {model.heads} does not divide model.hidden = {model.hidden}"
+    elif int(model.hidden // model.heads * model.rotary_fraction) % 2:
+        yield f"model.rotary_fraction: {model.rotary_fraction} of a head of {model.hidden // model.heads} is odd"
+    for key, size in (("heads", model.heads), ("ffn", model.ffn)):
+        if size % parallel.tensor:
+            yield (
+                f"parallel.tensor: {parallel.tensor} does not divide model.{key} = {size}; "
+                f"choose one of {_divisors(size)}"
+            )
+    if model.layers % parallel.pipeline:
+        yield (
+            f"parallel.pipeline: {parallel.pipeline} does not divide model.layers = {model.layers}; "
+            f"choose one of {_divisors(model.layers)}"
+        )
+    names = [phase.name for phase in run.phases]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"phases: two phases are called {name!r}; give each its own name"
+    for name in sorted(set(run.data.held_out.values()) & set(run.data.sources.values())):
+        yield f"data.held_out: {name} is also a training source; held-out documents must not be trained on"
+    for index, phase in enumerate(run.phases):
+        yield from (f"phases.{index}.{problem}" for problem in _phase_problems(run, phase))
+
+
+def _phase_problems(run: Run, phase: Phase) -> Iterator[str]:
+    if (phase.steps is None) == (phase.tokens is None):
+        yield "steps: give exactly one of steps and tokens"
+    for source in phase.mixture:
+        if source not in run.data.sources:
+            yield f"mixture.{source}: no such source{did_you_mean(source, run.data.sources)}"
+    total = math.fsum(phase.mixture.values())
+    if abs(total - 1) > SUM_TOLERANCE:
+        yield f"mixture: the weights sum to {total:g}, not 1"
+    if phase.batch_size % run.parallel.micro_batch:
+        yield f"batch_size: {phase.batch_size} is not a multiple of parallel.micro_batch = {run.parallel.micro_batch}"
+    if phase.learning_rate.end > phase.learning_rate.peak:
+        yield f"learning_rate.end: {phase.learning_rate.end:g} is above the peak {phase.learning_rate.peak:g}"
+    if phase.steps or phase.tokens:
+        steps, warmup = derive.phase_steps(phase), phase.learning_rate.warmup_steps
+        if warmup > steps:
+            yield f"learning_rate.warmup_steps: {warmup} is more than the phase's {steps}"
+
+
+def layout_problems(run: Run, cluster: Cluster) -> Iterator[str]:
+    """Everything in a run that cannot work on this cluster."""
+    if cluster.signal_delay >= cluster.time_limit:
+        yield f"signal_delay: {cluster.signal_delay}s leaves nothing of the time limit of {cluster.time_limit}s"
+    block = run.parallel.tensor * run.parallel.pipeline
+    if cluster.ranks % block:
+        yield (
+            f"parallel: tensor x pipeline = {block} does not divide the {cluster.ranks} ranks "
+            f"of cluster {cluster.name!r}"
+        )
+        return
+    share = run.parallel.micro_batch * derive.data_parallel(run, cluster.ranks)
+    for index, phase in enumerate(run.phases):
+        if phase.batch_size % share:
+            yield (
+                f"phases.{index}.batch_size: {phase.batch_size} is not a multiple of micro_batch x data-parallel "
+                f"ranks = {share}"
+            )
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` or, with nothing near, the list of choices."""
+    choices = list(choices)
+    near = difflib.get_close_matches(word, choices, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(sorted(choices))}"
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -1,0 +1,1 @@
+"""From a Megatron checkpoint to a Hugging Face folder, every weight accounted for."""

@@ -1,0 +1,66 @@
+"""Text from an exported folder, through Transformers: the first look at what a run has learned.
+
+Loading is shared with `verify`. It asks Transformers for the model class in the very folder named: AutoModelForCausalLM
+remembers the first class it saw for a configuration, and would run that one on the next export of the same process.
+(The copies of model code that Transformers keeps on disk are safe: their names carry a digest of the code.)
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crystal_hpc import files
+from crystal_hpc.convert.weights import MARKER
+from crystal_hpc.data.tokenizer import Tokenizer
+from crystal_hpc.errors import CheckpointError
+
+
+def load(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """The Transformers model in an exported folder, in `dtype` or as it was exported, ready to evaluate.
+
+    Runs the model code inside the folder. Raises CheckpointError where the folder is no export, or is damaged.
+    """
+    if not (folder / MARKER).is_file():
+        raise CheckpointError(f"{folder}: is no exported model (it has no {MARKER}); export a checkpoint first")
+    from safetensors import SafetensorError
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        name = files.read_json(folder / "config.json")["auto_map"]["AutoModelForCausalLM"]
+        kind: Any = get_class_from_dynamic_module(name, str(folder), local_files_only=True)
+        model = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype)
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded ({_first_line(error)}); export it again") from error
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@torch.no_grad()
+def generate(folder: Path, prompt: str, tokens: int, temperature: float = 0.8, seed: int = 0) -> str:
+    """At most `tokens` tokens of text that follow `prompt`, as the model would begin a document with it.
+
+    Temperature 0 takes the likeliest token each time. The same seed gives the same text on the same machine. Raises
+    CheckpointError where the folder is no export, or the text would be longer than what the model was trained on;
+    StoreError where it has no tokenizer.
+    """
+    model, tokenizer = load(folder), Tokenizer.load(folder)
+    start = [tokenizer.bos, *tokenizer.encode(prompt)]
+    longest = model.config.n_positions
+    if len(start) + tokens > longest:
+        raise CheckpointError(
+            f"a prompt of {len(start)} tokens and {tokens} more are too long: the model was trained on {longest}"
+        )
+    chosen = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        row = torch.tensor([start])
+        ids = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=tokens, **chosen)[0].tolist()
+    end = len(ids) - 1 if ids[-1] == tokenizer.eos else len(ids)
+    # Decoded with the prompt: some decoders treat the first token of a text differently.
+    return tokenizer.decode(ids[1:end]).removeprefix(tokenizer.decode(start[1:]))

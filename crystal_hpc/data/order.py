@@ -1,0 +1,200 @@
+"""Which row stands at which position of a phase: a function, not a list.
+
+Between the stores and the batches in the flow of a token. `PhaseOrder.samples(p)` gives (source, epoch, row) of any
+position in O(1) memory and time, without index files and without replaying what came before. It knows nothing of
+ranks: step t of a phase owns positions [t*B, (t+1)*B), however many ranks share them. So a resume lands on the exact
+sample, a changed layout sees the same batches, a longer phase only adds positions, and what each source has given is
+arithmetic (`consumed`), which anyone can recompute from the config and the sizes of the stores.
+
+How. Positions come in blocks. With cumulative weights W_k, the first n samples hold floor(W_k n) - floor(W_{k-1} n) of
+source k, for every n that ends a block: within one of weight * n, always. So a block is a row of slots of which each
+source owns a stretch, and `deal` decides which position gets which slot: evenly at every scale, random in detail, and
+with a closed form for how many of each source came before. The j-th sample of a source, in order of position, is row
+P(j mod rows) of epoch j div rows, where P is a keyed permutation: each epoch visits every row once, in an order of its
+own. Sources go on where earlier phases left them, in the middle of an epoch too.
+
+Rows are permuted by Feistel networks over the next power of four with cycle walking (Black and Rogaway, CT-RSA 2002): a
+value that falls outside [0, n) is sent through again until it falls inside, which keeps the map a bijection.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from crystal_hpc.config import derive
+from crystal_hpc.config.schema import Run
+from crystal_hpc.data.catalog import rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Ints = npt.NDArray[np.int64]
+
+ROUNDS = 6
+MIN_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class PhaseOrder:
+    """The order of one phase. Sources of weight zero are left out."""
+
+    seed: int
+    phase: str
+    sequence_length: int
+    sources: tuple[str, ...]
+    rows: tuple[int, ...]
+    """Rows of `sequence_length` tokens that each source has."""
+    cumulative: tuple[Fraction, ...]
+    """W_k: exact sums of the normalised weights up to and with source k; the last is 1."""
+    start: tuple[int, ...]
+    """Samples that earlier phases took from each source."""
+    block: int
+    """Positions in a block: a power of two, large enough that each weight times it is at least one."""
+
+    def samples(self, positions: "Ints") -> "tuple[Ints, Ints, Ints]":
+        """For int64 positions (n,): index into `sources`, epoch, and row within the source, each int64 (n,)."""
+        import numpy as np  # here, because `crystal plan` must start without it
+
+        numbers, which = np.unique(positions // self.block, return_inverse=True)
+        first = np.array([self._counts(number) for number in numbers.tolist()], dtype=np.int64)[which]
+        edges = np.array([self._edges(number) for number in numbers.tolist()], dtype=np.uint64)[which]
+        slot, below = deal(positions.astype(np.uint64)[:, None], edges, self.block, self._deal_key)
+        source = (edges[:, 1:] <= slot).sum(axis=1)
+        taken = first + np.diff(below.astype(np.int64), axis=1) + np.array(self.start, dtype=np.int64)
+        ordinal = np.take_along_axis(taken, source[:, None], axis=1)[:, 0]
+        count = np.array(self.rows, dtype=np.int64)[source]
+        return source, ordinal // count, self._rows(source, ordinal // count, ordinal % count)
+
+    def consumed(self, samples: int) -> dict[str, int]:
+        """How many of the phase's first `samples` samples come from each source."""
+        number, key = samples // self.block, self._deal_key
+        below = [deal(samples, edge, self.block, key)[1] for edge in self._edges(number)]
+        inside = [high - low for low, high in pairwise(below)]
+        counts = self._counts(number)
+        return {name: counts[k] + inside[k] for k, name in enumerate(self.sources)}
+
+    @property
+    def _deal_key(self) -> int:
+        return round_keys(f"{self.seed}|{self.phase}|deal")[0]
+
+    def _floors(self, number: int) -> list[int]:
+        """floor(W_k n) for the n positions before block `number`, led by zero."""
+        n = number * self.block
+        return [0, *(n * w.numerator // w.denominator for w in self.cumulative)]
+
+    def _counts(self, number: int) -> list[int]:
+        """Samples of each source before block `number`."""
+        return [high - low for low, high in pairwise(self._floors(number))]
+
+    def _edges(self, number: int) -> list[int]:
+        """Slots [edges[k], edges[k+1]) of the block belong to source k."""
+        return [after - before for before, after in zip(self._floors(number), self._floors(number + 1), strict=True)]
+
+    def _rows(self, source: "Ints", epoch: "Ints", index: "Ints") -> "Ints":
+        import numpy as np
+
+        row = np.empty_like(index)
+        for k, e in set(zip(source.tolist(), epoch.tolist(), strict=True)):
+            here = (source == k) & (epoch == e)
+            # The phase has no part in this: an epoch that spans two phases keeps one permutation.
+            keys = round_keys(f"{self.seed}|rows|{self.sources[k]}|{self.sequence_length}|{e}")
+            row[here] = permute(index[here], self.rows[k], keys)
+        return row
+
+
+def run_orders(run: Run, tokens: Mapping[str, int]) -> list[PhaseOrder]:
+    """The order of every phase of a run, given the tokens in each source's store.
+
+    A phase continues its sources where the phases before it, of the same sequence length, left them; nothing in a
+    phase depends on a later one.
+    """
+    taken: dict[tuple[str, int], int] = {}
+    orders = []
+    for phase in run.phases:
+        length = phase.sequence_length
+        weights = {name: Fraction(str(weight)) for name, weight in phase.mixture.items() if weight > 0}
+        total, sums = sum(weights.values()), Fraction(0)
+        cumulative = tuple((sums := sums + weight) / total for weight in weights.values())
+        order = PhaseOrder(
+            seed=run.seed,
+            phase=phase.name,
+            sequence_length=length,
+            sources=tuple(weights),
+            rows=tuple(rows(tokens[name], length) for name in weights),
+            cumulative=cumulative,
+            start=tuple(taken.get((name, length), 0) for name in weights),
+            block=_block_size(min(weights.values()) / total),
+        )
+        for name, count in order.consumed(derive.phase_samples(phase)).items():
+            taken[name, length] = taken.get((name, length), 0) + count
+        orders.append(order)
+    return orders
+
+
+def _block_size(smallest: Fraction) -> int:
+    block = MIN_BLOCK
+    while smallest * block < 1:
+        block *= 2
+    return block
+
+
+def deal(position: Any, edge: Any, block: int, key: int) -> tuple[Any, Any]:
+    """The slot of a position in its block, and how many earlier positions of the block have a slot below `edge`.
+
+    Bit i of the position, counted from below, decides bit i of the slot, counted from above; a coin keyed by the higher
+    bits of the position says whether it is flipped. So each aligned stretch of 2^i positions gets slots that are evenly
+    spaced over the block, and counting those below an edge is one division for each set bit of the position. Takes
+    ints, or uint64 arrays that broadcast together.
+    """
+    levels = block.bit_length() - 1
+    slot, below = position & 0, (position | edge) & 0
+    for level in reversed(range(levels)):
+        spacing = levels - level
+        bit = (position >> level) & 1
+        coin = _mix(((position >> level) | 1) << level, key) >> 63
+        # Where the bit is set, the stretch beside this one comes before it, and has these low bits of slots:
+        other = slot | ((bit ^ coin ^ 1) << (spacing - 1))
+        slot = slot | ((bit ^ coin) << (spacing - 1))
+        below = below + bit * ((edge + (1 << spacing) - 1 - other) >> spacing)
+    return slot, below
+
+
+def round_keys(key: str) -> list[int]:
+    """The Feistel network's round keys: 64 bits each, from BLAKE2b of a text."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8 * ROUNDS).digest()
+    return [int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8)]
+
+
+def permute(index: Any, size: int, keys: list[int]) -> Any:
+    """A bijection of [0, size) chosen by the keys; takes an int, or an int64 array (any shape)."""
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    if isinstance(index, int):
+        value = _feistel(index, half, keys)
+        while value >= size:
+            value = _feistel(value, half, keys)
+        return value
+    value = _feistel(index.astype("uint64"), half, keys)
+    while (outside := value >= size).any():
+        value[outside] = _feistel(value[outside], half, keys)
+    return value.astype("int64")
+
+
+def _feistel(value: Any, half: int, keys: list[int]) -> Any:
+    """Permutes [0, 4**half); ints and uint64 arrays give the same values."""
+    mask = (1 << half) - 1
+    left, right = value >> half, value & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right, key) & mask)
+    return (left << half) | right
+
+
+def _mix(value: Any, key: int) -> Any:
+    """A 64-bit finaliser (MurmurHash3's constants) of value and key; arrays wrap around by themselves."""
+    wrap = (1 << 64) - 1
+    value = ((value ^ key) * 0xFF51AFD7ED558CCD) & wrap
+    value = ((value ^ (value >> 33)) * 0xC4CEB9FE1A85EC53) & wrap
+    return value ^ (value >> 33)

@@ -1,0 +1,76 @@
+"""The stores and the tokenizer that a run names, checked against the run and each other before anything starts.
+
+Cheap enough for a login node: reads store.json and tokenizer.json, no tokens. `crystal plan`, `crystal submit` and
+every job pass through here, so a store that cannot serve the run is a line on the screen, not a failed job.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from crystal_hpc.config.schema import Run
+from crystal_hpc.data.catalog import StoreInfo, read_store_info, read_tokenizer_identity, rows
+from crystal_hpc.errors import ConfigError, StoreError
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is known of a run's stores without opening them, by source name."""
+
+    training: dict[str, StoreInfo]
+    held_out: dict[str, StoreInfo]
+    tokenizer: str
+    """Fingerprint of the tokenizer that made all of them."""
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens in each training store."""
+        return {name: info.tokens for name, info in self.training.items()}
+
+
+def read_sources(run: Run) -> Sources:
+    """Reads what the run's stores say of themselves. Raises ConfigError with everything that does not fit."""
+    problems: list[str] = []
+    fingerprint, vocab_size = "", 0
+    try:
+        fingerprint, vocab_size = read_tokenizer_identity(Path(run.data.tokenizer))
+    except StoreError as error:
+        problems.append(f"data.tokenizer: {error}")
+    training = _read_stores(run.data.sources, "data.sources", fingerprint, problems)
+    held_out = _read_stores(run.data.held_out, "data.held_out", fingerprint, problems)
+    if vocab_size > run.model.vocab_size:
+        problems.append(
+            f"model.vocab_size: {run.model.vocab_size} is smaller than the tokenizer's {vocab_size} ids; "
+            f"make it {vocab_size} or more"
+        )
+    problems.extend(_too_short(run, training))
+    if problems:
+        raise ConfigError(problems, f"run {run.name}")
+    return Sources(training, held_out, fingerprint)
+
+
+def _read_stores(named: dict[str, str], key: str, fingerprint: str, problems: list[str]) -> dict[str, StoreInfo]:
+    found = {}
+    for name, folder in named.items():
+        try:
+            info = read_store_info(Path(folder))
+        except StoreError as error:
+            problems.append(f"{key}.{name}: {error}")
+            continue
+        if fingerprint and info.tokenizer != fingerprint:
+            problems.append(
+                f"{key}.{name}: {folder} was made with another tokenizer ({info.tokenizer}) than data.tokenizer "
+                f"({fingerprint}); build it again with that one"
+            )
+        found[name] = info
+    return found
+
+
+def _too_short(run: Run, training: dict[str, StoreInfo]) -> Iterator[str]:
+    for index, phase in enumerate(run.phases):
+        for name, weight in phase.mixture.items():
+            if weight > 0 and name in training and rows(training[name].tokens, phase.sequence_length) < 1:
+                yield (
+                    f"phases.{index}.sequence_length: {phase.sequence_length} is longer than the whole store "
+                    f"{name!r} ({training[name].tokens} tokens)"
+                )

@@ -1,0 +1,213 @@
+"""Text to token ids and back, and the training of a tokenizer that loses nothing.
+
+The second step of a token's way: `data/build` encodes documents with it, evaluation decodes. Any Hugging Face
+tokenizer.json can be loaded. Those trained here follow LLaMA and Crystal: 0..2 are `<unk> <s> </s>`, 3..258 the 256
+bytes, then merges up to the size asked for, then Crystal's 22 special tokens. They round-trip every Unicode text:
+a space is a space, nothing is put in front, nothing is normalized, unknown characters become bytes.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from crystal_hpc.data.catalog import TOKENIZER_FILE, read_tokenizer_json, tokenizer_identity
+from crystal_hpc.data.corpus import CorpusIndex, Progress, index_corpus, read_documents
+from crystal_hpc.errors import StoreError
+from crystal_hpc.files import make_folder, write_file, write_json
+
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+# Right after the merges, in the order and spelling of Crystal's release (32000..32021 there).
+EXTRA_TOKENS = (
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|filename|>",
+    "<|gh_stars|>",
+    "<|issue_start|>",
+    "<|issue_comment|>",
+    "<|issue_closed|>",
+    "<|jupyter_start|>",
+    "<|jupyter_text|>",
+    "<|jupyter_code|>",
+    "<|jupyter_output|>",
+    "<|empty_output|>",
+    "<|commit_before|>",
+    "<|commit_msg|>",
+    "<|commit_after|>",
+    "<|reponame|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|sys_start|>",
+    "<|sys_end|>",
+)
+SPECIAL_TOKENS = (UNK, BOS, EOS, *EXTRA_TOKENS)
+
+# What may become one token: a word with the one character before it, a digit, a run of signs with the line ends after
+# it, line ends with the blank before them, a run of spaces short of the last. Merges stay inside such a piece. In none
+# is a letter or digit followed by a sign, so no merge can make "<s>" or "<0x0A>" and be taken for the real one.
+PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+ASCII = [chr(code) for code in (9, 10, *range(32, 127))]
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+RARE = 200_000  # a character seen less than once in so many is left to the byte tokens
+LONGEST_TOKEN = 16  # characters, as in LLaMA
+SMALLEST_VOCABULARY = 512
+
+_BOS_NAMES = (BOS, "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<|endoftext|>", "<|end_of_text|>")
+_EOS_NAMES = (EOS, "<|end_of_text|>", "<|endoftext|>", "<eos>")
+
+
+class Tokenizer:
+    """A loaded tokenizer. Text is always plain text: "<s>" in a document becomes ordinary tokens, never id 1.
+
+    `vocab_size`: ids lie in 0..vocab_size-1. `bos`, `eos`: the ids to put around a document; encode adds neither.
+    `fingerprint`: 16 hex digits that change with anything that changes ids.
+    """
+
+    def __init__(self, value: dict[str, Any], where: str) -> None:
+        """From the content of a tokenizer.json; `where` is named in errors. Raises StoreError."""
+        try:
+            self._engine = tokenizers.Tokenizer.from_str(json.dumps(value))
+        except Exception as error:  # the engine raises the bare Exception
+            raise StoreError(f"{where}: not a usable {TOKENIZER_FILE} ({error})") from error
+        self._engine.encode_special_tokens = True
+        self._engine.no_truncation()
+        self._engine.no_padding()
+        self.fingerprint, self.vocab_size = tokenizer_identity(value)
+        self.bos = self._first_id(_BOS_NAMES, "begin", where)
+        self.eos = self._first_id(_EOS_NAMES, "end", where)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Loads a Hugging Face tokenizer.json, or the one in a folder. Raises StoreError where that cannot be done."""
+        return cls(read_tokenizer_json(path), str(path))
+
+    def _first_id(self, names: Sequence[str], what: str, where: str) -> int:
+        for name in names:
+            token = self.id_of(name)
+            if token is not None:
+                return token
+        raise StoreError(
+            f"{where}: the tokenizer has no token to {what} a document; one of {', '.join(names)} is needed"
+        )
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token given by its exact name, such as "<|fim_prefix|>"; None where there is none."""
+        found: int | None = self._engine.token_to_id(token)
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text, without BOS and EOS."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of many texts, without BOS and EOS; uses all cores."""
+        return [encoding.ids for encoding in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids, special tokens spelled out."""
+        text: str = self._engine.decode(list(ids), skip_special_tokens=False)
+        return text
+
+
+def train_tokenizer(
+    files: Sequence[Path], out_folder: Path, vocab_size: int, on_progress: Progress | None = None
+) -> Tokenizer:
+    """Trains a byte-fallback BPE on the texts of JSON Lines files and writes a folder that transformers can load.
+
+    Ids 0..vocab_size-1 are the trio, the bytes and the merges; the 22 special tokens follow, so the result's
+    `vocab_size` is larger by 22. All texts are read: give a sample of a large corpus (some hundred MB are plenty). The
+    same documents give the same files, byte for byte. Raises StoreError for a bad corpus, for a size below
+    SMALLEST_VOCABULARY, and when the texts are too few for so many tokens; DiskError when the folder cannot be written.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise StoreError(f"a vocabulary of {vocab_size} is too small: ask for {SMALLEST_VOCABULARY} tokens or more")
+    index = index_corpus(files, on_progress=on_progress)
+    model = _train_model(index, vocab_size, on_progress)
+    if len(model["vocab"]) != vocab_size:
+        raise StoreError(
+            f"{', '.join(map(str, files))}: the texts hold {len(model['vocab'])} different tokens, not {vocab_size}; "
+            "train on more text, or ask for a smaller vocabulary"
+        )
+    value: dict[str, Any] = json.loads(_assemble(model).to_str())
+    make_folder(out_folder)
+    write_json(out_folder / "tokenizer_config.json", _transformers_config())
+    write_file(out_folder / TOKENIZER_FILE, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    return Tokenizer.load(out_folder)
+
+
+def _texts(index: CorpusIndex, what: str, on_progress: Progress | None) -> Iterator[str]:
+    """Every text of a corpus, a few at a time in memory."""
+    total = len(index.entries)
+    for start in range(0, total, 256):
+        if on_progress:
+            on_progress(what, start, total)
+        yield from (document.text for document in read_documents(index, start, start + 256))
+
+
+def _alphabet(index: CorpusIndex, most: int, on_progress: Progress | None) -> list[str]:
+    """The characters that get a token of their own: printable ASCII, and whatever else is common."""
+    counts: Counter[str] = Counter()
+    characters = 0
+    for text in _texts(index, "counting characters", on_progress):
+        characters += len(text)
+        counts.update(_NOT_ASCII.findall(text))
+    common = [char for char, count in counts.items() if count > max(1, characters // RARE)]
+    return ASCII + sorted(common, key=lambda char: (-counts[char], char))[:most]
+
+
+def _train_model(index: CorpusIndex, vocab_size: int, on_progress: Progress | None) -> dict[str, Any]:
+    """The `model` part of a tokenizer.json, with vocabulary and merges."""
+    alphabet = _alphabet(index, vocab_size // 8, on_progress)
+    engine = tokenizers.Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True))
+    engine.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[UNK, BOS, EOS, *BYTE_TOKENS],
+        # Chosen here, and exactly these: left to itself the trainer breaks ties in a different order every time.
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        max_token_length=LONGEST_TOKEN,
+        show_progress=False,
+    )
+    engine.train_from_iterator(_texts(index, "learning merges", on_progress), trainer)
+    model: dict[str, Any] = json.loads(engine.to_str())["model"]
+    return model
+
+
+def _assemble(model: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The finished tokenizer. The byte tokens are part of the model only: as added tokens they would match in text."""
+    merges = [tuple(pair) for pair in model["merges"]]
+    engine = tokenizers.Tokenizer(
+        models.BPE(vocab=model["vocab"], merges=merges, unk_token=UNK, byte_fallback=True, fuse_unk=True)
+    )
+    engine.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated")
+    engine.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    engine.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+    # As LLaMA's and Crystal's: transformers puts BOS in front, like every document in training. Encode above does not.
+    engine.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, engine.token_to_id(BOS))]
+    )
+    return engine
+
+
+def _transformers_config() -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "unk_token": UNK,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }

@@ -1,0 +1,163 @@
+"""How anything durable reaches the disk: the one commit rule of the package.
+
+Write under a temporary name, flush, fsync, rename; the marker (a manifest, `store.json`) comes last. A crash at any
+instant leaves the old state or the new one, never a mixture. Readers accept only what carries its marker.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from crystal_hpc.errors import DiskError
+
+PENDING = ".pending"
+
+_REFUSALS = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+    errno.EROFS: "the file system is read-only; choose a folder that can be written",
+    errno.EACCES: "permission denied; choose a folder that you may write",
+    errno.EPERM: "permission denied; choose a folder that you may write",
+    errno.EFBIG: "the file is larger than this file system or user may write",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """Turns the refusals of a file system (full, read-only, not ours) into a `DiskError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        # HDF5 and torch wrap the errno of a failed write into their text.
+        reason = _REFUSALS.get(error.errno or 0) or next(
+            (said for code, said in _REFUSALS.items() if os.strerror(code).lower() in str(error).lower()), None
+        )
+        if reason is None:
+            raise
+        raise DiskError(f"{path}: {reason}") from error
+
+
+def fsync_path(path: Path) -> None:
+    """Forces a file's bytes, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> Path:
+    """Creates a folder and its parents; a refusal is a `DiskError`."""
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Replaces a file whole: temporary name, fsync, rename, fsync of the folder."""
+    data = content.encode() if isinstance(content, str) else content
+    pending = path.with_name(f"{path.name}.{os.getpid()}{PENDING}")
+    with disk_errors(path):
+        try:
+            with open(pending, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(pending, path)
+        except OSError:
+            pending.unlink(missing_ok=True)
+            raise
+        fsync_path(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file whole, indented for people."""
+    write_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; raises OSError or ValueError as `open` and `json` do."""
+    return json.loads(path.read_bytes())  # bytes: JSON is UTF-8, whatever the locale says
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Adds one JSON line. A line cut short by a crash of an earlier writer is closed first, never run into."""
+    with disk_errors(path), open(path, "ab+") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.write(b"\n")
+        file.write(json.dumps(value).encode() + b"\n")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a file, less any that a crash cut short."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    yield value
+
+
+def last_line(path: Path, within: int = 1 << 16) -> dict[str, Any] | None:
+    """The last whole JSON line of a file, found in its last `within` bytes; None if there is none."""
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - within))
+        for line in reversed(file.read().splitlines()):
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    return value
+    return None
+
+
+def commit_folder(pending: Path, final: Path) -> None:
+    """Makes a finished folder visible under its final name: fsync of every file, then one rename.
+
+    The caller has written the folder's marker last; `final` must not exist.
+    """
+    with disk_errors(final):
+        for folder, _, names in os.walk(pending):
+            for name in names:
+                fsync_path(Path(folder, name))
+            fsync_path(Path(folder))
+        os.rename(pending, final)
+        fsync_path(final.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder that may not exist."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def digest_file(path: Path) -> str:
+    """xxh3-128 of a file's bytes, in hex (a check against damage, not against an attacker)."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def wait_until_visible(path: Path, seconds: float = 60.0) -> bool:
+    """Waits for another node's file to show on shared storage; listing the folder drops a stale NFS cache."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,1 @@
+"""A run as jobs: request, submit, task (what each rank runs), journal, status."""

@@ -1,0 +1,149 @@
+"""The journal of a run: every start of a job recorded once, and closed with one authoritative outcome.
+
+`attempts/0001.json` is opened by rank 0 when a job starts and closed by it when the job ends. A rank that fails leaves
+a note (`0001.rank3.error.json`) first, so that the cause is not lost behind the errors it brings about elsewhere. An
+attempt whose processes are gone without a word is closed by whoever looks next (`settle`).
+"""
+
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from crystal_hpc import files
+from crystal_hpc.log import log
+
+OUTCOMES = (
+    "finished",
+    "preempted",
+    "time_limit",
+    "node_failure",
+    "out_of_memory",
+    "code_error",
+    "cancelled",
+)
+PACKAGES = ("crystal-hpc", "torch", "megatron-core", "transformer-engine", "numpy", "h5py", "submitit", "tokenizers")
+
+Entry = dict[str, Any]
+
+
+def read_attempts(run_folder: Path) -> list[Entry]:
+    """All attempts, oldest first."""
+    return [files.read_json(path) for path in sorted((run_folder / "attempts").glob("[0-9][0-9][0-9][0-9].json"))]
+
+
+def open_attempt(run_folder: Path, job: str, executor: str, ranks: int) -> Entry:
+    """Records that a job starts; only rank 0 calls this. Earlier attempts that never said goodbye are settled."""
+    settle(run_folder)
+    entry: Entry = {
+        "attempt": len(read_attempts(run_folder)) + 1,
+        "job": job,
+        "executor": executor,
+        "host": platform.node(),
+        "ranks": ranks,
+        "pids": {"0": os.getpid()},
+        "started": time.time(),
+        "first_step": None,
+        "commit": _commit(),
+        "versions": _versions(),
+        "backend": None,
+        "startup": {},
+        "ended": None,
+        "outcome": None,
+        "reason": None,
+        "last_step": None,
+        "last_checkpoint": None,
+        "signal": None,
+        "signal_to_durable": None,
+        "redone_steps": 0,
+    }
+    update(run_folder, entry)
+    return entry
+
+
+def update(run_folder: Path, entry: Entry, **fields: Any) -> None:
+    """Adds to an attempt's record."""
+    entry.update(fields)
+    files.write_json(attempt_path(run_folder, entry["attempt"]), entry)
+
+
+def close(run_folder: Path, entry: Entry, outcome: str, reason: str, **fields: Any) -> None:
+    """Closes an attempt."""
+    assert outcome in OUTCOMES, outcome
+    update(run_folder, entry, ended=time.time(), outcome=outcome, reason=reason, **fields)
+
+
+def note_error(run_folder: Path, attempt: int, rank: int, outcome: str, reason: str) -> None:
+    """Leaves word of what made this rank fail."""
+    path = run_folder / "attempts" / f"{attempt:04d}.rank{rank}.error.json"
+    files.write_json(path, {"rank": rank, "time": time.time(), "outcome": outcome, "reason": reason})
+
+
+def first_error(run_folder: Path, attempt: int) -> Entry | None:
+    """The note of the rank that failed first: the cause, as the others fail because of it."""
+    notes = [files.read_json(path) for path in (run_folder / "attempts").glob(f"{attempt:04d}.rank*.error.json")]
+    return min(notes, key=lambda note: note["time"], default=None)
+
+
+def settle(run_folder: Path) -> None:
+    """Closes attempts whose processes are gone: by the first error note, else as a node failure."""
+    for entry in read_attempts(run_folder):
+        if entry["outcome"] is not None or is_alive(entry):
+            continue
+        note = first_error(run_folder, entry["attempt"])
+        if note:
+            close(run_folder, entry, note["outcome"], f"rank {note['rank']}: {note['reason']}")
+        else:
+            close(run_folder, entry, "node_failure", "the job's processes vanished (killed, or the node was lost)")
+        log.warning("attempt %d is over: %s, %s", entry["attempt"], entry["outcome"], entry["reason"])
+
+
+def is_alive(entry: Entry) -> bool:
+    """Whether any process of a local attempt still runs. An attempt on another host counts as alive."""
+    if entry["host"] != platform.node():
+        return True
+    return any(_is_ours(pid, entry["started"]) for pid in entry["pids"].values())
+
+
+def attempt_path(run_folder: Path, attempt: int) -> Path:
+    """The file of one attempt."""
+    return run_folder / "attempts" / f"{attempt:04d}.json"
+
+
+def _is_ours(pid: int, started: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        # A process that is younger than the attempt by more than its start-up merely has the same number.
+        return bool(process.status() != psutil.STATUS_ZOMBIE and process.create_time() < started + 60)
+    except psutil.Error:
+        return False
+
+
+def _commit() -> str | None:
+    """The git commit of the package, marked `+` if the tree differs from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = _git(here, "rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

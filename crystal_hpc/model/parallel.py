@@ -1,0 +1,70 @@
+"""The process groups of a run: which rank holds which part of the model, and which share of each batch.
+
+Wraps torch.distributed and Megatron's `parallel_state` so that the rest of the package asks one small object.
+"""
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from crystal_hpc.comm import TorchComm
+from crystal_hpc.config.schema import Run
+from crystal_hpc.model import backend
+
+with backend.quiet_imports():
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's place: data-parallel index, and whether it holds the first or last layers."""
+
+    comm: TorchComm
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+    tensor_size: int
+    first_stage: bool
+    last_stage: bool
+
+
+def start(run: Run, rank: int, size: int, local_rank: int, init_method: str) -> Layout:
+    """Joins the job's ranks into Megatron's groups. `init_method` is a torch.distributed URL all ranks share."""
+    backend.choose_backend()
+    if backend.device().type == "cuda":
+        torch.cuda.set_device(local_rank)
+    else:
+        torch.set_num_threads(1)  # the ranks share this machine's cores; one thread also keeps sums in one order
+    dist.init_process_group(
+        backend.collective_backend(),
+        init_method=init_method,
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(minutes=10),
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=run.parallel.tensor,
+        pipeline_model_parallel_size=run.parallel.pipeline,
+        order="tp-cp-ep-dp-pp",
+        create_gloo_process_groups=True,
+    )
+    model_parallel_cuda_manual_seed(run.seed)
+    return Layout(
+        comm=TorchComm(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        first_stage=parallel_state.is_pipeline_first_stage(),
+        last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+
+
+def stop() -> None:
+    """Leaves the process groups."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,176 @@
+"""The whole of a training job, from the newest checkpoint to the end of the run or a signal. Read this first.
+
+    position = newest checkpoint, or the start
+    for each phase from there on:
+        for each step: batch -> forward, backward, update -> one line of metrics
+            told to stop (all ranks agree at the step boundary)? save, and leave
+            time for a checkpoint? save
+        save; evaluate on held-out data
+
+Nothing here depends on how the job was started, how many ranks there are, or how often it was interrupted: the batch of
+a step, the learning rate and the initial weights are functions of the config.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crystal_hpc.config import derive
+from crystal_hpc.config.schema import Run
+from crystal_hpc.config.units import format_count
+from crystal_hpc.data.batches import PhaseBatches
+from crystal_hpc.data.order import PhaseOrder, run_orders
+from crystal_hpc.data.store import TokenStore
+from crystal_hpc.errors import RunError
+from crystal_hpc.log import log
+from crystal_hpc.train import checkpoint, optim
+from crystal_hpc.train.evaluate import evaluate_phase
+from crystal_hpc.train.metrics import Metrics
+from crystal_hpc.train.preemption import Stop, StopFlag
+from crystal_hpc.train.state import Position
+from crystal_hpc.train.step import StepResult, Trainer, train_step
+
+WHY = {Stop.TIME_LIMIT: "time limit", Stop.PREEMPTED: "preempted"}
+
+
+@dataclass
+class Job:
+    """One attempt at a run: what it works on, what it was told, and who wants to hear of it."""
+
+    run: Run
+    folder: Path
+    trainer: Trainer
+    flag: StopFlag
+    sources: dict[str, TokenStore]
+    held_out: dict[str, TokenStore]
+    metrics: Metrics
+    on_event: Callable[[str, Position], None] = lambda _event, _position: None
+    """Told `started` with where it stands, `step` with each step that is done, and `saved`; the journal listens."""
+
+    @property
+    def layout(self) -> Any:
+        return self.trainer.layout
+
+    def stop_agreed(self) -> Stop:
+        """The strongest reason to stop that any rank knows; a collective call."""
+        votes = self.layout.comm.sum(_votes(self.flag.stop))
+        return _strongest(votes)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended: `Stop.NO` at the end of the run."""
+
+    stop: Stop
+    position: Position
+
+
+def train(job: Job) -> Ended:
+    """Trains until the run is finished or the job is told to stop; durable either way when it returns.
+
+    Raises CrystalError where the state on disk cannot be used, or the loss is no longer a number.
+    """
+    position = checkpoint.load_latest(job.trainer, job.folder)
+    log.info("starting at phase %s, step %d", job.run.phases[position.phase].name, position.step)
+    job.on_event("started", position)
+    orders = run_orders(job.run, {name: store.tokens for name, store in job.sources.items()})
+    while True:
+        stop, position = train_phase(job, orders[position.phase], position)
+        if stop is Stop.NO:
+            losses = evaluate_phase(job.trainer, job.folder, job.held_out, position, lambda: bool(job.stop_agreed()))
+            job.metrics.held_out(_total_steps(job.run, position), losses)
+            stop = job.stop_agreed()
+        if stop is not Stop.NO or position.phase + 1 == len(job.run.phases):
+            return Ended(stop, position)
+        position = position.next_phase()
+
+
+def train_phase(job: Job, order: PhaseOrder, position: Position) -> tuple[Stop, Position]:
+    """The rest of one phase, and the checkpoint at its end. Returns where it got to, and why if that is not the end."""
+    run, layout = job.run, job.layout
+    phase = run.phases[position.phase]
+    steps = derive.phase_steps(phase)
+    if position.step == 0 and position.phase > 0 and phase.optimizer_state == "fresh":
+        optim.reset_state(job.trainer.optimizer)
+    batches = PhaseBatches(
+        order, job.sources, phase.batch_size, run.parallel.micro_batch, layout.data_rank, layout.data_size
+    )
+    stop = job.stop_agreed()  # set-up is long; a signal during it ends the attempt before its first step
+    while position.step < steps and stop is Stop.NO:
+        started = time.perf_counter()
+        batch = batches.step(position.step)
+        waited = time.perf_counter() - started
+        rate = derive.learning_rate(phase, position.step)
+        result = train_step(job.trainer, batch, rate, _votes(job.flag.stop))
+        _record(job, position, result, rate, time.perf_counter() - started, waited)
+        position = position.after_step()
+        stop = _strongest(result.votes)
+        if position.step == steps:
+            _save(job, position, "phase end")
+        elif stop is not Stop.NO:
+            _save(job, position, WHY[stop])
+        elif phase.checkpoint_every and position.step % phase.checkpoint_every == 0:
+            _save(job, position, "periodic")
+    batches.close()
+    return stop, position
+
+
+def _record(job: Job, position: Position, result: StepResult, rate: float, seconds: float, waited: float) -> None:
+    """One line of metrics; a loss that is no longer a number ends the attempt before it can be saved."""
+    run, phase = job.run, job.run.phases[position.phase]
+    done = position.after_step()
+    if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+        raise RunError(
+            f"the loss is {result.loss} and the gradient norm {result.grad_norm} in step {position.step} of phase "
+            f"{phase.name}; the last checkpoint is kept: look at the data of this step, or lower the learning rate"
+        )
+    job.metrics.step(
+        phase.name,
+        position.step,
+        _total_steps(run, done),
+        {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            "tokens": done.tokens(run),
+            "seconds": seconds,
+            "wait": waited,
+            "digest": f"{result.digest:016x}",
+        },
+    )
+    job.on_event("step", position)
+    log.info(
+        "%s step %d/%d loss %.4f lr %.3g %s tokens %.0f tokens/s",
+        phase.name,
+        done.step,
+        derive.phase_steps(phase),
+        result.loss,
+        rate,
+        format_count(done.tokens(run)),
+        derive.tokens_per_step(phase) / seconds,
+    )
+
+
+def _save(job: Job, position: Position, why: str) -> None:
+    started = time.perf_counter()
+    checkpoint.save(job.trainer, job.folder, position, why)
+    log.info("saved step %d (%s) in %.2f s", position.step, why, time.perf_counter() - started)
+    job.on_event("saved", position)
+
+
+def _total_steps(run: Run, position: Position) -> int:
+    return sum(derive.phase_steps(phase) for phase in run.phases[: position.phase]) + position.step
+
+
+def _votes(stop: Stop) -> list[int]:
+    """One vote for each reason to stop, so that the sum over ranks keeps them apart."""
+    return [int(stop is Stop.TIME_LIMIT), int(stop is Stop.PREEMPTED)]
+
+
+def _strongest(votes: list[int]) -> Stop:
+    if votes[1]:
+        return Stop.PREEMPTED
+    return Stop.TIME_LIMIT if votes[0] else Stop.NO

@@ -1,0 +1,51 @@
+"""Signals: a handler that sets a flag, and nothing more.
+
+Slurm preempts or cancels with SIGTERM, and announces the end of the time limit with SIGUSR2 (`--signal`). Both only
+mark the flag; the training loop reads it in every long stretch, the ranks agree at a step boundary, and then all of
+them save together (`loop`). A job starts with both signals blocked (`jobs/shield`), so one that comes while Python is
+still importing waits here: `watch` unblocks them once the handlers stand.
+"""
+
+import enum
+import signal
+import time
+from types import FrameType
+
+
+class Stop(enum.IntEnum):
+    """Why a job was told to stop; the larger one wins when ranks or signals differ."""
+
+    NO = 0
+    TIME_LIMIT = 1
+    """Time is nearly up: save, and go on in a requeue or in the next slice."""
+    PREEMPTED = 2
+    """Preempted or cancelled: save and leave; requeueing is the scheduler's business."""
+
+
+SIGNALS = {signal.SIGUSR2: Stop.TIME_LIMIT, signal.SIGTERM: Stop.PREEMPTED}
+
+
+class StopFlag:
+    """What this rank was told, and when."""
+
+    def __init__(self) -> None:
+        self.stop = Stop.NO
+        self.signal: str | None = None
+        self.time: float | None = None
+
+    def set(self, number: int, _frame: FrameType | None = None) -> None:
+        """The signal handler."""
+        if self.time is None:
+            self.time = time.time()
+        told = SIGNALS[signal.Signals(number)]
+        if told > self.stop:
+            self.stop, self.signal = told, signal.Signals(number).name
+
+
+def watch() -> StopFlag:
+    """Installs the handlers and lets in any signal that came before; call from the main thread."""
+    flag = StopFlag()
+    for number in SIGNALS:
+        signal.signal(number, flag.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    return flag

@@ -1,0 +1,109 @@
+"""One optimizer step, and one evaluation pass: Megatron's schedules, driven with our batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from crystal_hpc.comm import Comm
+from crystal_hpc.config.schema import Run
+from crystal_hpc.data.batches import StepBatch
+from crystal_hpc.model import backend, gpt, loss
+from crystal_hpc.model.parallel import Layout
+from crystal_hpc.train import optim
+
+with backend.quiet_imports():
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a step needs: this rank's part of the model, and its optimizer."""
+
+    run: Run
+    layout: Layout
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks know after a step."""
+
+    loss: float
+    """Mean over all tokens of the step, nats."""
+    grad_norm: float
+    digest: int
+    """Of the rows that all ranks together consumed; see `data.batches`."""
+    votes: list[int]
+    """Sums over the ranks of the votes given to `train_step`."""
+
+
+def build_trainer(run: Run, layout: Layout) -> Trainer:
+    """Model and optimizer as they stand before the first step."""
+    module = gpt.build(run, layout)
+    config = module.config
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=run.parallel.distributed_optimizer
+    )
+    model = DistributedDataParallel(config, options, module)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = model.no_sync
+    return Trainer(run, layout, model, optim.build(run, model))
+
+
+def train_step(trainer: Trainer, batch: StepBatch, rate: float, votes: list[int]) -> StepResult:
+    """Forward, backward and update over one step's batch; then the ranks share loss, digest and votes."""
+    trainer.model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    optim.set_learning_rate(trainer.optimizer, rate, trainer.run)
+    micro_batches, micro_batch, length = batch.rows.shape
+    reported = _run_schedule(trainer, iter(batch), micro_batches, micro_batch, length - 1, forward_only=False)
+    _, grad_norm, _ = trainer.optimizer.step()
+    # Of the ranks that hold the same samples (tensor and pipeline neighbours) one speaks for all.
+    layout = trainer.layout
+    digest = batch.digest if layout.tensor_rank == 0 and layout.first_stage else 0
+    digest, *votes = layout.comm.sum([digest, *votes])
+    mean = mean_over_ranks(layout, loss.total(reported) / micro_batches)
+    return StepResult(mean, float(grad_norm or 0.0), digest, votes)
+
+
+@torch.no_grad()
+def evaluate_micro_batch(trainer: Trainer, rows: torch.Tensor) -> float:
+    """Mean loss over one micro-batch (micro-batch, length + 1) of every data-parallel rank."""
+    trainer.model.eval()
+    batch = StepBatch(rows.unsqueeze(0), 0)
+    reported = _run_schedule(trainer, iter(batch), 1, rows.shape[0], rows.shape[1] - 1, forward_only=True)
+    trainer.model.train()
+    return mean_over_ranks(trainer.layout, loss.total(reported))
+
+
+def mean_over_ranks(layout: Layout, value: float) -> float:
+    """Mean over the data-parallel ranks of what the last pipeline stage holds, on every rank."""
+    mine = value / layout.data_size if layout.last_stage and layout.tensor_rank == 0 else 0.0
+    comm: Comm = layout.comm
+    return comm.sum_float(mine)
+
+
+def _run_schedule(
+    trainer: Trainer,
+    micro_batches: Iterator[dict[str, torch.Tensor]],
+    count: int,
+    micro_batch: int,
+    length: int,
+    forward_only: bool,
+) -> list[Any]:
+    schedule = get_forward_backward_func()
+    result: list[Any] = schedule(
+        forward_step_func=loss.forward_step,
+        data_iterator=micro_batches,
+        model=[trainer.model],
+        num_microbatches=count,
+        seq_length=length,
+        micro_batch_size=micro_batch,
+        forward_only=forward_only,
+    )
+    return result
