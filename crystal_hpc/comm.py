@@ -90,7 +90,7 @@ class TorchComm:
 
     def sum(self, values: list[int]) -> list[int]:
         # int64 wraps around, which is addition modulo 2**64 once read back as unsigned.
-        signed = [value - 2**64 if value >= 2**63 else value for value in values]
+        signed = [(value + 2**63) % 2**64 - 2**63 for value in values]
         tensor = self._torch.tensor(signed, dtype=self._torch.int64, device="cpu")
         self._dist.all_reduce(tensor, group=self._group)
         return [value % 2**64 for value in tensor.tolist()]

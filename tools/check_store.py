@@ -9,9 +9,8 @@ Prints one line a store; exit code 2 at the first that is missing, half-written 
 import argparse
 from pathlib import Path
 
-from crystal_hpc.progress import run, shown_progress
-
 from crystal_hpc.data.store import TokenStore
+from crystal_hpc.progress import run, shown_progress
 
 
 def main() -> int:

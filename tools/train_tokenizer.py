@@ -9,9 +9,8 @@ vocabulary asked for. All of the files is read: give a sample of a large corpus.
 import argparse
 from pathlib import Path
 
-from crystal_hpc.progress import run, shown_progress
-
 from crystal_hpc.data.tokenizer import train_tokenizer
+from crystal_hpc.progress import run, shown_progress
 
 
 def main() -> int:

@@ -1,1 +1,1 @@
-"""What a user writes down before a run: schema (the keys), load (YAML and overrides), check (what must agree), derive."""
+"""What a user writes down: schema (the keys), load (YAML, overrides), check (what must agree), derive, describe."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Cluster, Phase, Run
 
+SMALLEST_WEIGHT = 1e-9
 SUM_TOLERANCE = 1e-5  # published weights are rounded: Crystal's phase 1 sums to 0.999999
 
 
@@ -46,6 +47,8 @@ def _phase_problems(run: Run, phase: Phase) -> Iterator[str]:
     for source in phase.mixture:
         if source not in run.data.sources:
             yield f"mixture.{source}: no such source{did_you_mean(source, run.data.sources)}"
+        if 0 < phase.mixture[source] < SMALLEST_WEIGHT:
+            yield f"mixture.{source}: {phase.mixture[source]:g} is less than {SMALLEST_WEIGHT:g}; leave the source out"
     total = math.fsum(phase.mixture.values())
     if abs(total - 1) > SUM_TOLERANCE:
         yield f"mixture: the weights sum to {total:g}, not 1"

@@ -3,7 +3,8 @@
 First step of both journeys: `crystal plan`, `crystal submit` and every job start here.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,9 @@ from crystal_hpc.errors import ConfigError
 Config = TypeVar("Config", bound=BaseModel)
 
 
+Lines = dict[tuple[str | int, ...], int]  # the line on which each key of a file stands, by its path
+
+
 class _Loader(yaml.SafeLoader):
     """YAML whose duplicate keys are errors and whose `1e-9` is a number, as in YAML 1.2."""
 
@@ -24,7 +28,11 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key_node.start_mark)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
         seen.add(key)
@@ -34,21 +42,21 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
 )
 
 
 def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     """Reads a run. Raises ConfigError listing everything that is wrong."""
-    run = _load(Path(path), Run, overrides)
-    _raise(list(check.run_problems(run)), Path(path))
+    run, lines = _load(Path(path), Run, overrides)
+    _raise([_with_line(problem, lines) for problem in check.run_problems(run)], Path(path))
     return run
 
 
 def load_cluster(path: Path | str, overrides: Sequence[str] = ()) -> Cluster:
     """Reads a cluster profile. Raises ConfigError listing everything that is wrong."""
-    return _load(Path(path), Cluster, overrides)
+    return _load(Path(path), Cluster, overrides)[0]
 
 
 def check_layout(run: Run, cluster: Cluster) -> None:
@@ -59,16 +67,16 @@ def check_layout(run: Run, cluster: Cluster) -> None:
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """A config as YAML that `load_run` reads back to the same config."""
+    """A config as YAML that `load_run` or `load_cluster` reads back to the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _load(path: Path, kind: type[Config], overrides: Sequence[str]) -> Config:
+def _load(path: Path, kind: type[Config], overrides: Sequence[str]) -> tuple[Config, Lines]:
     content, lines = _read_yaml(path)
     for override in overrides:
         _apply_override(content, override)
     try:
-        return kind.model_validate(content)
+        return kind.model_validate(content), lines
     except ValidationError as error:
         _raise([_describe(problem, kind, lines) for problem in error.errors()], path)
         raise AssertionError from error
@@ -79,12 +87,13 @@ def _raise(problems: list[str], path: Path) -> None:
         raise ConfigError(problems, str(path))
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int]]:
+def _read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     """The content of a file, and the line on which each key stands."""
     try:
-        text = path.read_text()
-        content = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-        node = yaml.compose(text, _Loader)
+        text = path.read_text(encoding="utf-8")  # as YAML is, whatever the locale says
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        content = loader.construct_document(node) if node is not None else None
     except FileNotFoundError:
         raise ConfigError("no such file", str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -94,14 +103,16 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], 
         raise ConfigError(f"{line}not valid YAML: {error.problem}", str(path)) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {str(error).splitlines()[0]}", str(path)) from error
+    except ValueError as error:  # a scalar that is not what its tag says
+        raise ConfigError(f"not valid YAML: {error}", str(path)) from error
     if not isinstance(content, dict):
         raise ConfigError("holds no mapping of keys to values", str(path))
-    lines: dict[tuple[str | int, ...], int] = {}
+    lines: Lines = {}
     _note_lines(node, (), lines)
     return content, lines
 
 
-def _note_lines(node: Any, path: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]) -> None:
+def _note_lines(node: Any, path: tuple[str | int, ...], lines: Lines) -> None:
     lines[path] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -119,7 +130,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: write key.subkey=value")
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
     *parents, last = where.split(".")
     target: Any = content
@@ -145,16 +156,27 @@ def _index(items: list[Any], part: str, override: str) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if part in names:
         return names.index(part)
-    if part.isdigit() and int(part) < len(items):
+    if part.isdecimal() and int(part) < len(items):
         return int(part)
-    named = ", ".join(str(name) for name in names if name is not None)
-    raise ConfigError(f"override {override!r}: no element {part!r}; choose from {named or range(len(items))}")
+    choices = ", ".join(str(index if name is None else name) for index, name in enumerate(names))
+    raise ConfigError(f"override {override!r}: no element {part!r}; choose from {choices or 'none: the list is empty'}")
 
 
-def _describe(problem: Any, kind: type[BaseModel], lines: dict[tuple[str | int, ...], int]) -> str:
+def _with_line(problem: str, lines: Lines) -> str:
+    """A problem that begins with the path of a key, led by that key's line."""
+    parts = problem.partition(":")[0].split(".")
+    return f"{_line(tuple(int(part) if part.isdecimal() else part for part in parts), lines)}{problem}"
+
+
+def _line(location: tuple[str | int, ...], lines: Lines) -> str:
+    """`line 3: ` for the innermost part of a location that the file has."""
+    number = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
+    return f"line {number}: " if number else ""
+
+
+def _describe(problem: Any, kind: type[BaseModel], lines: Lines) -> str:
     """One line for one of pydantic's errors: where, what is wrong, what would be right."""
     location = tuple(part for part in problem["loc"] if part != "[key]")
-    line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
     where = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         said = f"unknown key{check.did_you_mean(str(location[-1]), _siblings(kind, location[:-1]))}"
@@ -164,7 +186,7 @@ def _describe(problem: Any, kind: type[BaseModel], lines: dict[tuple[str | int, 
         said = problem["msg"].removeprefix("Value error, ")
     else:
         said = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
-    return f"{f'line {line}: ' if line else ''}{where}: {said}"
+    return f"{_line(location, lines)}{where}: {said}"
 
 
 def _siblings(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:

@@ -2,17 +2,30 @@
 
 `Run` is what is trained: model, data, phases. `Cluster` is where: the same run moves between clusters unchanged.
 Unknown keys and wrong types are errors (`load` reports all of them at once); what several keys must agree on is in
-`check`. A field's description is its documentation: it appears in the JSON Schema that editors read.
+`check`. The docstring under a field is its documentation: `describe` puts it into the JSON Schema that editors read.
 """
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
-from crystal_hpc.config.units import parse_count, parse_seconds
+from crystal_hpc.config.units import COUNT, DURATION, parse_count, parse_seconds
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
-Seconds = Annotated[int, BeforeValidator(parse_seconds), Field(gt=0)]
+Count = Annotated[
+    int,
+    BeforeValidator(parse_count),
+    Field(gt=0),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string", "pattern": f"^{COUNT}$"}]}
+    ),
+]
+Seconds = Annotated[
+    int,
+    BeforeValidator(parse_seconds),
+    Field(gt=0),
+    WithJsonSchema({"type": "string", "pattern": f"^{DURATION}$"}),
+    PlainSerializer(lambda seconds: f"{seconds}s", return_type=str, when_used="json"),
+]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # A name becomes a folder, a job name and a word in a shell line.
@@ -22,30 +35,36 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 class Strict(BaseModel):
     """Immutable; no key beyond those declared; no silent change of type."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True, allow_inf_nan=False)
 
 
 class Model(Strict):
     """The architecture: a decoder-only transformer with rotary positions and SwiGLU."""
 
     layers: Positive
+    """Transformer blocks."""
     hidden: Positive
     """Width of the residual stream."""
     heads: Positive
+    """Attention heads; each is hidden / heads wide."""
     ffn: Positive
     """Width of each of the two SwiGLU input matrices (Crystal: 8/3 of hidden, rounded down)."""
     vocab_size: Positive
     """Rows of the embedding table; at least as many as the tokenizer has ids."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_epsilon: float = 1e-5
+    """Normalisation before each attention and feed-forward part, and after the last block."""
+    norm_epsilon: float = Field(default=1e-5, gt=0)
+    """Added to the variance before its square root."""
     bias: bool = True
     """Biases on every linear layer but the output head."""
     rotary_fraction: Fraction = 0.25
     """Share of each head's dimensions that is rotated."""
     rotary_base: Positive = 10000
+    """Base of the rotary wavelengths."""
     rotary_interleaved: bool = True
     """Pairs (0,1), (2,3), ... as GPT-J does, rather than (0, n/2), (1, n/2+1), ..."""
     tied_embeddings: bool = True
+    """One table for the embedding and the output head."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial embedding; with muP, of matrices at the base width too."""
 
@@ -56,6 +75,7 @@ class Mup(Strict):
     base_hidden: Positive
     """Width at which the learning rate, init and multipliers were tuned."""
     embedding_multiplier: float = Field(default=1.0, gt=0)
+    """Embedded tokens are multiplied by this."""
     output_multiplier: float = Field(default=1.0, gt=0)
     """Logits are multiplied by this times base_hidden / hidden."""
     scale_attention_by_head: bool = True
@@ -65,10 +85,14 @@ class Mup(Strict):
 class Optimizer(Strict):
     """AdamW with decoupled weight decay on matrices and embeddings, none on biases and norms."""
 
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the mean of gradients, a step."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the mean of squared gradients, a step."""
     epsilon: float = Field(default=1e-9, gt=0)
+    """Added to the root of the mean squared gradient."""
     weight_decay: float = Field(default=0.1, ge=0)
+    """Share of a matrix or embedding taken away in a step, times its learning rate."""
     clip_grad: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
 
@@ -77,7 +101,9 @@ class Parallel(Strict):
     """How the ranks share the model; data-parallel ranks are what is left. May change between attempts of a run."""
 
     tensor: Positive = 1
+    """Ranks that share every matrix; divides heads and ffn."""
     pipeline: Positive = 1
+    """Stages that share the layers; divides layers."""
     micro_batch: Positive = 1
     """Sequences in one forward pass of one data-parallel rank."""
     distributed_optimizer: bool = True
@@ -101,8 +127,11 @@ class LearningRate(Strict):
     peak: float = Field(gt=0)
     """Rate of embeddings, norms and biases; with muP, matrices get this times base_hidden / hidden."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which the rate rises evenly to `peak`."""
     decay: Literal["linear", "cosine", "constant"] = "linear"
+    """The way from `peak` to `end`; `constant` stays at the peak."""
     end: float = Field(default=0.0, ge=0)
+    """Rate at the end of the decay; at most `peak`."""
     decay_steps: Positive | None = None
     """Steps from the peak to `end`; more than the phase has cuts the decay short. Default: the rest of the phase."""
 
@@ -111,7 +140,9 @@ class Phase(Strict):
     """A stretch of training with one data mixture and one piece of learning-rate schedule."""
 
     name: Name
+    """Names the phase in checkpoints, metrics and overrides; also keys its order of samples."""
     sequence_length: Positive
+    """Tokens predicted in one sequence."""
     batch_size: Positive
     """Sequences in a step, over all ranks."""
     steps: Positive | None = None
@@ -121,6 +152,7 @@ class Phase(Strict):
     mixture: dict[Name, Fraction] = Field(min_length=1)
     """Share of the samples by source; sums to one."""
     learning_rate: LearningRate
+    """The phase's piece of the schedule."""
     optimizer_state: Literal["carry", "fresh"] = "carry"
     """Whether Adam's moments come along from the phase before."""
     checkpoint_every: Positive | None = None
@@ -138,27 +170,39 @@ class Run(Strict):
     """A whole pretraining run."""
 
     name: Name
-    seed: int = Field(default=1, ge=0)
+    """Names the run's folder and its jobs."""
+    seed: int = Field(default=1, ge=0, lt=2**32)
+    """Decides the initial weights and the order of the samples."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Number format of the forward and backward pass; main weights and gradients are float32 either way."""
     model: Model
+    """The architecture."""
     mup: Mup | None = None
+    """Maximal update parametrization; without it, one learning rate for all."""
     optimizer: Optimizer = Optimizer()
+    """AdamW's numbers, the same in every phase."""
     parallel: Parallel = Parallel()
+    """How the ranks share the model."""
     data: Data
+    """The tokenizer and the token stores."""
     evaluation: Evaluation = Evaluation()
+    """Held-out loss at the end of each phase."""
     phases: list[Phase] = Field(min_length=1)
+    """The stretches of training, in order."""
 
 
 class Cluster(Strict):
     """A machine to run on."""
 
     name: Name
+    """Names the cluster in messages."""
     executor: Literal["local"]
     """`local`: the ranks are processes of this machine, started by submitit."""
     ranks: Positive
+    """Processes of a job, one for each GPU (or share of the CPU)."""
     time_limit: Seconds
     """Longest life of one attempt (30min, 24h)."""
-    signal_delay: Seconds = 90
+    signal_delay: Seconds = Field(default=90, json_schema_extra={"default": "90s"})
     """How long before the time limit the job is told to save."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every rank."""

@@ -66,9 +66,7 @@ def export_checkpoint(
     Raises CheckpointError for what cannot be converted, and where the logits differ by more than rounding.
     """
     dtype = dtype or weights.trained_dtype(run)
-    summary = weights.export(
-        checkpoint, run, tokenizer, out, dtype=dtype, overwrite=overwrite, on_progress=on_progress
-    )
+    summary = weights.export(checkpoint, run, tokenizer, out, dtype=dtype, overwrite=overwrite, on_progress=on_progress)
     said = f"{out}: {summary.parameters:,} parameters, {summary.weight_bytes:,} bytes of {summary.dtype}"
     if not check:
         return said

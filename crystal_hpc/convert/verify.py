@@ -24,7 +24,7 @@ from crystal_hpc.convert.weights import MARKER
 from crystal_hpc.errors import CheckpointError
 from crystal_hpc.model import backend, gpt, parallel
 
-with backend.quiet_imports():
+with backend.quiet():
     from megatron.core import dist_checkpointing
 
 # Float32 rounds to 6e-8 of a value. Sums of some thousand terms, taken in another order, differ by some 1e-6 of the
@@ -103,6 +103,6 @@ def _trained_logits(checkpoint: Path, run: Run, rows: Tensor, rounded: torch.dty
 
 def _load_model(model: Any, checkpoint: Path) -> None:
     """Fills the model from a checkpoint's model tensors; the optimizer's are not read."""
-    with backend.quiet_imports():
+    with backend.quiet():
         loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
     model.load_state_dict(loaded["model"])

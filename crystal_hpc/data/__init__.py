@@ -1,1 +1,1 @@
-"""From documents to batches: harvest, corpus, tokenizer, build, store, order, batches. Needs no torch but in batches."""
+"""From documents to batches: harvest, corpus, tokenizer, build, store, order, rows, batches (which needs torch)."""

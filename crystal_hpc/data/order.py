@@ -60,11 +60,13 @@ class PhaseOrder:
         import numpy as np  # here, because `crystal plan` must start without it
 
         numbers, which = np.unique(positions // self.block, return_inverse=True)
-        first = np.array([self._counts(number) for number in numbers.tolist()], dtype=np.int64)[which]
-        edges = np.array([self._edges(number) for number in numbers.tolist()], dtype=np.uint64)[which]
-        slot, below = deal(positions.astype(np.uint64)[:, None], edges, self.block, self._deal_key)
-        source = (edges[:, 1:] <= slot).sum(axis=1)
-        taken = first + np.diff(below.astype(np.int64), axis=1) + np.array(self.start, dtype=np.int64)
+        shape = -1, len(self.sources)
+        counts = np.array([self._counts(number) for number in numbers.tolist()], dtype=np.int64).reshape(shape)[which]
+        ends = np.array([self._edges(number)[1:] for number in numbers.tolist()], dtype=np.uint64).reshape(shape)[which]
+        slot, below = deal(positions.astype(np.uint64)[:, None], ends, self.block, self._deal_key)
+        source = (ends <= slot).sum(axis=1)
+        inside = np.diff(below.astype(np.int64), axis=1, prepend=0)
+        taken = np.array(self.start, dtype=np.int64) + counts + inside
         ordinal = np.take_along_axis(taken, source[:, None], axis=1)[:, 0]
         count = np.array(self.rows, dtype=np.int64)[source]
         return source, ordinal // count, self._rows(source, ordinal // count, ordinal % count)

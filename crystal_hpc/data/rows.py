@@ -11,9 +11,7 @@ from crystal_hpc.data.order import PhaseOrder
 from crystal_hpc.data.store import TokenStore
 
 
-def read_rows(
-    order: PhaseOrder, stores: list[TokenStore], positions: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int32]:
+def read_rows(order: PhaseOrder, stores: list[TokenStore], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
     """The rows at these positions (n,): int32 (n, sequence_length + 1)."""
     source, _, row = order.samples(positions)
     length = order.sequence_length

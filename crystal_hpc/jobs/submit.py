@@ -59,7 +59,7 @@ def start(folder: Path, cluster: Cluster) -> Any:
     shielded = [sys.executable, "-S", "-E", shield.__file__, sys.executable]
     executor = submitit.LocalExecutor(folder / "logs", max_num_timeout=MANY, python=shlex.join(shielded))
     executor.update_parameters(**executor_parameters(cluster))
-    with _detached(), _environment(cluster.environment):
+    with _detached(), _environment(cluster.environment), files.disk_errors(folder):
         return executor.submit(TrainTask(folder))
 
 

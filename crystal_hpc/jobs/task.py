@@ -12,7 +12,6 @@ ranks find each other, then `train.loop`. Rank 0 keeps the journal. The ways out
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ import psutil
 import submitit
 
 from crystal_hpc import files
-from crystal_hpc.config.load import load_run
-from crystal_hpc.errors import CrystalError, RunError
+from crystal_hpc.errors import CrystalError
 from crystal_hpc.jobs import journal
 from crystal_hpc.log import log, setup_logging
 from crystal_hpc.train.preemption import Stop, StopFlag, watch
@@ -95,10 +93,12 @@ class _Attempt:
         pids = comm.gather(psutil.Process().pid)
         self._update(pids={str(rank): pid for rank, pid in enumerate(pids)}, backend=session.backend)
         self._lap("setup")
-        ended = session.train(flag, self.entry["attempt"], self._on_event)
+        job = session.job(flag, self.entry["attempt"], self._on_event)
+        ended = training.loop.train(job)
+        job.metrics.close()
         self._close(ended.stop, flag, ended.position.named(session.run))
         session.stop()
-        return ended.stop  # type: ignore[no-any-return]
+        return ended.stop
 
     def _on_event(self, event: str, named: dict[str, Any], redone: int) -> None:
         """Follows the loop. A file is written when an attempt starts, takes its first step, and saves."""

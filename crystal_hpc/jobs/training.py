@@ -36,15 +36,15 @@ class Session:
     layout: parallel.Layout
     backend: str
 
-    def train(self, flag: StopFlag, attempt: int, listener: Listener) -> loop.Ended:
-        """Trains to the end of the run or a signal. The listener hears events, positions by name, and redone steps."""
+    def job(self, flag: StopFlag, attempt: int, listener: Listener) -> loop.Job:
+        """Model, stores and metrics, ready for `loop.train`. The listener hears events, positions and redone steps."""
         metrics = Metrics(self.folder, self.layout.comm.rank, attempt)
         before = files.last_line(self.folder / "metrics.jsonl")
 
         def on_event(event: str, position: Position) -> None:
             listener(event, position.named(self.run), _redone(self.run, position, before))
 
-        job = loop.Job(
+        return loop.Job(
             run=self.run,
             folder=self.folder,
             trainer=build_trainer(self.run, self.layout),
@@ -54,10 +54,6 @@ class Session:
             metrics=metrics,
             on_event=on_event,
         )
-        try:
-            return loop.train(job)
-        finally:
-            metrics.close()
 
     def stop(self) -> None:
         """Leaves the process groups."""

@@ -31,8 +31,10 @@ def megatron_version() -> tuple[int, int]:
 
 def choose_backend() -> str:
     """`cuda` where a GPU is there, else the CPU rig, installed; returns the name for logs and the journal."""
-    # Megatron calls names that newer torch renames; nothing a user could act on, and it would fill every log.
+    # Megatron calls names that newer torch renames, and looks at gradients of pipeline inputs; nothing a user could act
+    # on, and it would fill every log.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|megatron")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     if torch.cuda.is_available():
         return "cuda"
     install_cpu_rig()
@@ -54,8 +56,8 @@ def have_transformer_engine() -> bool:
     return _active_rig is None and importlib.util.find_spec("transformer_engine") is not None
 
 
-def quiet_imports() -> contextlib.AbstractContextManager[Any]:
-    """Hides Megatron's advice about packages that are rightly absent (Transformer Engine and apex without a GPU)."""
+def quiet() -> contextlib.AbstractContextManager[Any]:
+    """Hides Megatron's advice, at import and set-up, about what is rightly absent (Transformer Engine, CUDA graphs)."""
     return warnings.catch_warnings(action="ignore")
 
 
@@ -151,7 +153,7 @@ def install_cpu_rig() -> None:
     cuda.memory_allocated = cuda.max_memory_allocated = lambda *_: 0
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    with quiet_imports():
+    with quiet():
         from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random._CUDA_RNG_STATE_TRACKER = _GeneratorTracker()  # type: ignore[assignment]

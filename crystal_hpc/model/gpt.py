@@ -13,7 +13,7 @@ from crystal_hpc.config.schema import Run
 from crystal_hpc.model import backend, mup, precision
 from crystal_hpc.model.parallel import Layout
 
-with backend.quiet_imports():
+with backend.quiet():
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
@@ -55,7 +55,8 @@ def transformer_config(run: Run) -> TransformerConfig:
 
 def build(run: Run, layout: Layout) -> GPTModel:
     """This rank's part of the model, initialised, on its device."""
-    config = transformer_config(run)
+    with backend.quiet():
+        config = transformer_config(run)
     if backend.have_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:

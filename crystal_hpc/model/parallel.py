@@ -13,7 +13,7 @@ from crystal_hpc.comm import TorchComm
 from crystal_hpc.config.schema import Run
 from crystal_hpc.model import backend
 
-with backend.quiet_imports():
+with backend.quiet():
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

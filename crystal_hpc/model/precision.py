@@ -7,7 +7,7 @@ import torch
 from crystal_hpc.config.schema import Run
 from crystal_hpc.model import backend
 
-with backend.quiet_imports():
+with backend.quiet():
     from megatron.core.transformer import MegatronModule
     from megatron.core.transformer.module import Float16Module
 

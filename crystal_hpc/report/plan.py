@@ -63,7 +63,9 @@ def describe_plan(run: Run, plan: dict[str, Any]) -> str:
             share = used["tokens"] / phase["tokens"]
             tokens = format_count(used["tokens"])
             lines.append(f"  {name:<22}{'':>10}{tokens:>12}{share:>9.1%}{used['epochs']:>9.2f}")
-    totals = {name: sum(p["sources"].get(name, {}).get("tokens", 0) for p in plan["phases"]) for name in plan["sources"]}
+    totals = {
+        name: sum(p["sources"].get(name, {}).get("tokens", 0) for p in plan["phases"]) for name in plan["sources"]
+    }
     lines.append("whole run")
     for name, tokens in totals.items():
         epochs = tokens / plan["sources"][name]["tokens"]

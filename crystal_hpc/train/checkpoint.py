@@ -124,6 +124,5 @@ def _check(generation: Generation, run: Run) -> None:
 def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3": files.digest_file(path)}
-        for path in paths
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3": files.digest_file(path)} for path in paths
     }

@@ -1,4 +1,4 @@
-"""The optimizer: Megatron's (plain or distributed) AdamW, with muP's learning rates and Crystal's weight decay groups."""
+"""The optimizer: Megatron's (plain or distributed) AdamW, with muP's rates and Crystal's weight decay groups."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from crystal_hpc.config.schema import Run
 from crystal_hpc.model import backend, mup
 
-with backend.quiet_imports():
+with backend.quiet():
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
     from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate

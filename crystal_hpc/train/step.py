@@ -13,7 +13,7 @@ from crystal_hpc.model import backend, gpt, loss
 from crystal_hpc.model.parallel import Layout
 from crystal_hpc.train import optim
 
-with backend.quiet_imports():
+with backend.quiet():
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func

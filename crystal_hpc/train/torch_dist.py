@@ -17,7 +17,7 @@ from crystal_hpc.model import backend
 from crystal_hpc.train import optim
 from crystal_hpc.train.step import Trainer
 
-with backend.quiet_imports():
+with backend.quiet():
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
 
@@ -43,7 +43,7 @@ class _InProcessSave(megatron_torch.TorchDistSaveShardedStrategy):
 @torch.no_grad()
 def save(trainer: Trainer, folder: Path) -> None:
     """Writes model and optimizer into an empty folder; a collective call."""
-    with backend.quiet_imports():
+    with backend.quiet():
         dist_checkpointing.save(_state(trainer, loading=False), str(folder), _InProcessSave())
 
 
@@ -51,7 +51,7 @@ def save(trainer: Trainer, folder: Path) -> None:
 def load(trainer: Trainer, folder: Path) -> None:
     """Reads model and optimizer back, whatever the layout that wrote them; a collective call."""
     optim.reset_state(trainer.optimizer)
-    with backend.quiet_imports():
+    with backend.quiet():
         loaded = dist_checkpointing.load(_state(trainer, loading=True), str(folder))
     module(trainer).load_state_dict(loaded["model"])
     trainer.optimizer.load_state_dict(loaded["optimizer"])

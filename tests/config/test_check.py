@@ -1,0 +1,136 @@
+"""Each rule that several keys must obey, broken once; the message names the key and what would be right."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from crystal_hpc.config import check
+from crystal_hpc.config.schema import Cluster, Run
+
+PHASE: dict[str, Any] = {
+    "name": "first",
+    "sequence_length": 16,
+    "batch_size": 8,
+    "steps": 10,
+    "mixture": {"prose": 0.6, "code": 0.4},
+    "learning_rate": {"peak": 0.1, "warmup_steps": 3},
+}
+RUN: dict[str, Any] = {
+    "name": "r",
+    "model": {"layers": 6, "hidden": 96, "heads": 12, "ffn": 84, "vocab_size": 128},
+    "parallel": {"micro_batch": 2},
+    "data": {"tokenizer": "t", "sources": {"prose": "p", "code": "c"}, "held_out": {"prose": "h"}},
+    "phases": [PHASE],
+}
+
+
+def problems(**changes: Any) -> list[str]:
+    """The problems of the run with some keys changed: `model={...}`, or `phase={...}` for its only phase."""
+    content = copy.deepcopy(RUN)
+    for key, value in changes.items():
+        target = content["phases"][0] if key == "phase" else content[key]
+        target.update(value)
+    return list(check.run_problems(Run.model_validate(content)))
+
+
+def test_a_good_run_has_no_problems() -> None:
+    assert problems() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model": {"heads": 7}}, "model.heads: 7 does not divide model.hidden = 96"),
+        (
+            {"parallel": {"tensor": 9}},
+            "parallel.tensor: 9 does not divide model.heads = 12; choose one of 1, 2, 3, 4, 6, 12",
+        ),
+        (
+            {"parallel": {"tensor": 9}},
+            "parallel.tensor: 9 does not divide model.ffn = 84; choose one of 1, 2, 3, 4, 6, 7, 12, 14, 21, 28, 42, 84",
+        ),
+        (
+            {"parallel": {"pipeline": 4}},
+            "parallel.pipeline: 4 does not divide model.layers = 6; choose one of 1, 2, 3, 6",
+        ),
+        ({"model": {"rotary_fraction": 0.125, "heads": 12}}, "model.rotary_fraction: 0.125 of a head of 8 is odd"),
+        (
+            {"data": {"held_out": {"p": "c"}}},
+            "data.held_out: c is also a training source; held-out documents must not be trained on",
+        ),
+        ({"phase": {"steps": None}}, "phases.0.steps: give exactly one of steps and tokens"),
+        ({"phase": {"tokens": 1000}}, "phases.0.steps: give exactly one of steps and tokens"),
+        (
+            {"phase": {"mixture": {"prose": 0.6, "cod": 0.4}}},
+            "phases.0.mixture.cod: no such source; did you mean 'code'?",
+        ),
+        (
+            {"phase": {"mixture": {"prose": 0.6, "html": 0.4}}},
+            "phases.0.mixture.html: no such source; choose from code, prose",
+        ),
+        ({"phase": {"mixture": {"prose": 0.6, "code": 0.3}}}, "phases.0.mixture: the weights sum to 0.9, not 1"),
+        ({"phase": {"mixture": {"prose": 0.0}}}, "phases.0.mixture: the weights sum to 0, not 1"),
+        (
+            {"phase": {"mixture": {"prose": 1.0, "code": 1e-12}}},
+            "phases.0.mixture.code: 1e-12 is less than 1e-09; leave the source out",
+        ),
+        ({"phase": {"batch_size": 7}}, "phases.0.batch_size: 7 is not a multiple of parallel.micro_batch = 2"),
+        (
+            {"phase": {"learning_rate": {"peak": 0.1, "end": 0.2}}},
+            "phases.0.learning_rate.end: 0.2 is above the peak 0.1",
+        ),
+        (
+            {"phase": {"learning_rate": {"peak": 0.1, "warmup_steps": 11}}},
+            "phases.0.learning_rate.warmup_steps: 11 is more than the phase's 10",
+        ),
+        (
+            {"phase": {"steps": None, "tokens": 1280, "learning_rate": {"peak": 0.1, "warmup_steps": 11}}},
+            "phases.0.learning_rate.warmup_steps: 11 is more than the phase's 10",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_with_what_would(changes: dict[str, Any], expected: str) -> None:
+    assert expected in problems(**changes)
+
+
+def test_two_phases_of_one_name_are_refused() -> None:
+    run = Run.model_validate(RUN | {"phases": [PHASE, PHASE, PHASE]})
+    assert list(check.run_problems(run)) == ["phases: two phases are called 'first'; give each its own name"]
+
+
+def test_rounded_weights_as_published_are_accepted() -> None:
+    # Crystal's phase 1 (shared/facts/crystal.md, section 4), which sums to 0.999999.
+    weights = [0.533458, 0.266501, 0.049626, 0.043251, 0.041312, 0.034171, 0.031680]
+    names = [f"s{n}" for n in range(len(weights))]
+    data = {"sources": dict.fromkeys(names, "folder"), "held_out": {}}
+    assert problems(data=data, phase={"mixture": dict(zip(names, weights, strict=True))}) == []
+
+
+def test_all_problems_are_found_at_once() -> None:
+    found = problems(parallel={"tensor": 5, "pipeline": 4}, phase={"steps": None, "mixture": {"x": 0.5}})
+    assert len(found) == 6
+
+
+def layout(ranks: int, time_limit: str = "1h", **parallel: int) -> list[str]:
+    run = Run.model_validate(RUN | {"parallel": {"micro_batch": 2} | parallel})
+    cluster = Cluster.model_validate({"name": "c", "executor": "local", "ranks": ranks, "time_limit": time_limit})
+    return list(check.layout_problems(run, cluster))
+
+
+def test_a_layout_must_fit_the_clusters_ranks() -> None:
+    assert layout(4, tensor=2, pipeline=2) == []
+    assert layout(6, tensor=2, pipeline=2) == [
+        "parallel: tensor x pipeline = 4 does not divide the 6 ranks of cluster 'c'"
+    ]
+
+
+def test_the_batch_must_be_shared_evenly_by_the_data_parallel_ranks() -> None:
+    assert layout(4) == []
+    assert layout(8) == ["phases.0.batch_size: 8 is not a multiple of micro_batch x data-parallel ranks = 16"]
+
+
+def test_a_signal_before_the_start_is_refused_whatever_else_is_wrong() -> None:
+    late = "signal_delay: 90s leaves nothing of the time limit of 60s"
+    assert layout(4, "1min") == [late]
+    assert late in layout(6, "1min", tensor=4)
