@@ -81,7 +81,7 @@ def config_schema(kind: str) -> None:
     from crystal_hpc.config.describe import json_schema
     from crystal_hpc.config.schema import Cluster, Run
 
-    click.echo(json.dumps(json_schema({"run": Run, "cluster": Cluster}[kind]), indent=2))
+    click.echo(json.dumps(json_schema(Run if kind == "run" else Cluster), indent=2))
 
 
 @main.command()

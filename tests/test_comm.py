@@ -1,6 +1,7 @@
 """Ranks agree: alone, and as two real processes that talk over gloo."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,8 +48,11 @@ def test_one_process_agrees_with_itself() -> None:
 def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks found; one start serves all the tests."""
     folder = tmp_path_factory.mktemp("comm")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)], env=environment, stdout=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     try:

@@ -84,6 +84,7 @@ class _Attempt:
     def _train(self, flag: StopFlag, local_rank: int) -> Stop:
         # Here, not at the top: handlers and journal stand before the seconds that these imports take.
         from crystal_hpc.jobs import training
+        from crystal_hpc.train import loop
 
         self._lap("import")
         session = training.start(self.folder, self.rank, self.ranks, local_rank, f"file://{self.meeting}")
@@ -94,7 +95,7 @@ class _Attempt:
         self._update(pids={str(rank): pid for rank, pid in enumerate(pids)}, backend=session.backend)
         self._lap("setup")
         job = session.job(flag, self.entry["attempt"], self._on_event)
-        ended = training.loop.train(job)
+        ended = loop.train(job)
         job.metrics.close()
         self._close(ended.stop, flag, ended.position.named(session.run))
         session.stop()

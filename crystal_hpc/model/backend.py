@@ -56,9 +56,25 @@ def have_transformer_engine() -> bool:
     return _active_rig is None and importlib.util.find_spec("transformer_engine") is not None
 
 
-def quiet() -> contextlib.AbstractContextManager[Any]:
-    """Hides Megatron's advice, at import and set-up, about what is rightly absent (Transformer Engine, CUDA graphs)."""
-    return warnings.catch_warnings(action="ignore")
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hides Megatron's advice, at import and set-up, about what is rightly absent (Transformer Engine, CUDA graphs).
+
+    Without a GPU it also keeps Megatron from decorating functions with torch.compile: our settings call none of them
+    there, and the mere decorating imports torch's inductor, a quarter of a job's imports.
+    """
+    compiled = torch.compile
+    if not torch.cuda.is_available():
+        torch.compile = _uncompiled
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        torch.compile = compiled
+
+
+def _uncompiled(function: Any = None, **_options: Any) -> Any:
+    return _uncompiled if function is None else function
 
 
 class _NoStream:
@@ -145,6 +161,8 @@ def install_cpu_rig() -> None:
         return
     if torch.cuda.is_available():
         raise BackendError("the CPU rig is for machines without a GPU, and this one has one")
+    # Torch itself imports this with the first optimizer step, and cannot do so once the names below are replaced.
+    importlib.import_module("torch._dynamo")
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.current_stream = cuda.default_stream = lambda *_: _NoStream()
@@ -156,7 +174,7 @@ def install_cpu_rig() -> None:
     with quiet():
         from megatron.core.tensor_parallel import random as megatron_random
 
-    megatron_random._CUDA_RNG_STATE_TRACKER = _GeneratorTracker()  # type: ignore[assignment]
+    megatron_random._CUDA_RNG_STATE_TRACKER = _GeneratorTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     _active_rig = _CudaIsCpu()
-    _active_rig.__enter__()
+    _active_rig.__enter__()  # type: ignore[no-untyped-call]

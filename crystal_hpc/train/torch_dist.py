@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_files
 
 from crystal_hpc.model import backend
 from crystal_hpc.train import optim
@@ -22,7 +23,7 @@ with backend.quiet():
     from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
 
 
-class _InProcessSave(megatron_torch.TorchDistSaveShardedStrategy):
+class _InProcessSave(megatron_torch.TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron's `torch_dist` format, written by this process alone."""
 
     def __init__(self) -> None:
@@ -33,9 +34,9 @@ class _InProcessSave(megatron_torch.TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         named, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        torch_checkpoint.save(
+        save_files(
             megatron_torch.mcore_to_pyt_state_dict(named, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=True),
+            storage_writer=FileSystemWriter(checkpoint_dir, sync_files=True),
             planner=megatron_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
@@ -60,10 +61,10 @@ def load(trainer: Trainer, folder: Path) -> None:
 
 def module(trainer: Trainer) -> torch.nn.Module:
     """The model itself, out of Megatron's data-parallel and precision wrappers."""
-    inner: torch.nn.Module = trainer.model
+    inner: Any = trainer.model
     while hasattr(inner, "module"):
         inner = inner.module
-    return inner
+    return inner  # type: ignore[no-any-return]
 
 
 def _state(trainer: Trainer, loading: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ which imports Megatron for both.
 
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("mup")
     (folder / "run.yaml").write_text(RUN)
     done = subprocess.run(
-        [sys.executable, __file__, str(folder)], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, __file__, str(folder)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return {name: tuple(torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)) for name in LAYOUTS}

@@ -131,6 +131,7 @@ def _train(order: Order, rank: int, size: int) -> Seen | None:
     from crystal_hpc.config.load import load_run
     from crystal_hpc.jobs import training
     from crystal_hpc.model import parallel
+    from crystal_hpc.train import loop
 
     run = load_run(order.folder / "run.yaml", order.overrides)
     lines_before = sum(1 for _ in files.read_lines(order.folder / "metrics.jsonl"))
@@ -138,7 +139,7 @@ def _train(order: Order, rank: int, size: int) -> Seen | None:
     layout = parallel.start(run, rank, size, rank, f"file://{order.folder}/{order.meeting}")
     session = training.Session(run, order.folder, training.read_sources(run), layout, "cpu-rig")
     job = session.job(flag, 1, lambda *_: None)
-    ended = training.loop.train(job)
+    ended = loop.train(job)
     job.metrics.close()
     kept = _weights(job.trainer)
     session.stop()
