@@ -1,8 +1,10 @@
 """What tests of several parts share: a tiny corpus with stores, a tiny run on it, and a summary of what was skipped."""
 
 import json
+import os
 import random
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +85,14 @@ def cluster_file(tmp_path: Path) -> Path:
     content = {"name": "here", "executor": "local", "ranks": 2, "time_limit": "10min", "signal_delay": "30s"}
     path.write_text(yaml.safe_dump({**content, "environment": {"OMP_NUM_THREADS": "1"}}))
     return path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, which a test may remount."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", place]).returncode:
+        pytest.skip("a small file system needs root and mount")
+    yield place
+    subprocess.run(["umount", place], check=True)

@@ -1,8 +1,7 @@
 """The command line on bad input: one clear line, exit code 2, nothing lost."""
 
-import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,14 +192,3 @@ def test_config_check_and_schema_answer(
         "distributed_optimizer: true"
         in crystal("config", "show", write_config(tiny_config), "parallel.distributed_optimizer=true").output
     )
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", place]).returncode:
-        pytest.skip("a small file system needs root and mount")
-    yield place
-    subprocess.run(["umount", place], check=True)

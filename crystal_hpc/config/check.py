@@ -74,6 +74,11 @@ def layout_problems(run: Run, cluster: Cluster) -> Iterator[str]:
         )
         return
     share = run.parallel.micro_batch * derive.data_parallel(run, cluster.ranks)
+    if run.data.held_out and run.evaluation.rows % share:
+        yield (
+            f"evaluation.rows: {run.evaluation.rows} is not a multiple of micro_batch x data-parallel ranks = {share}; "
+            f"choose for example {math.ceil(run.evaluation.rows / share) * share}"
+        )
     for index, phase in enumerate(run.phases):
         if phase.batch_size % share:
             yield (

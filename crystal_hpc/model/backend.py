@@ -65,7 +65,7 @@ def quiet() -> Iterator[None]:
     """
     compiled = torch.compile
     if not torch.cuda.is_available():
-        torch.compile = _uncompiled
+        torch.compile = _uncompiled  # type: ignore[assignment]
     try:
         with warnings.catch_warnings(action="ignore"):
             yield

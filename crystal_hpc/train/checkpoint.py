@@ -51,8 +51,13 @@ def save(trainer: Trainer, run_folder: Path, position: Position, why: str) -> Pa
         files.remove_folder(pending)
         files.make_folder(pending)
     comm.barrier()
-    with files.disk_errors(pending):
-        torch_dist.save(trainer, pending)
+    try:
+        with files.disk_errors(pending):
+            torch_dist.save(trainer, pending)
+    except Exception:
+        if comm.rank == 0:
+            files.remove_folder(pending)  # a full disk has no room for it, and the journal needs some
+        raise
     if comm.rank == 0:
         manifest = {
             "format": 1,

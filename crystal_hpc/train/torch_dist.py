@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_files
 
@@ -44,8 +45,12 @@ class _InProcessSave(megatron_torch.TorchDistSaveShardedStrategy):  # type: igno
 @torch.no_grad()
 def save(trainer: Trainer, folder: Path) -> None:
     """Writes model and optimizer into an empty folder; a collective call."""
-    with backend.quiet():
-        dist_checkpointing.save(_state(trainer, loading=False), str(folder), _InProcessSave())
+    try:
+        with backend.quiet():
+            dist_checkpointing.save(_state(trainer, loading=False), str(folder), _InProcessSave())
+    except CheckpointException as error:
+        # torch wraps what went wrong on any rank and raises it on all; the first of them is the cause.
+        raise next(iter(error.failures.values()))[0] from error
 
 
 @torch.no_grad()

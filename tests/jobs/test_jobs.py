@@ -175,6 +175,21 @@ def test_an_error_in_a_job_is_told_in_one_line_in_the_journal_and_in_full_in_the
     assert any("is not the store" in line for line in log_lines(folder, 0, 60, follow=False))
 
 
+def test_a_disk_that_fills_up_stops_the_run_with_that_reason_and_loses_nothing(
+    long_config: dict[str, Any], write_config: Callable[..., Path], cluster_file: Path, small_disk: Path
+) -> None:
+    run, cluster = load_run(write_config(long_config)), load_cluster(cluster_file)
+    subprocess.run(["mount", "-o", "remount,size=1500k", small_disk], check=True)  # room for two checkpoints, not three
+    folder = submit.prepare(run, cluster, small_disk / "runs")
+    (first,) = finish(folder, submit.start(folder, cluster))
+    assert (first["outcome"], "the disk is full" in first["reason"]) == ("code_error", True)
+    kept = first["last_checkpoint"]
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    _, second = finish(folder, submit.start(folder, cluster), since=1)
+    assert (second["outcome"], second["first_step"]["phase"]) == ("finished", kept["phase"])
+    assert "68 steps, 544 samples: each read once, as planned" in check_ledger(folder)
+
+
 def test_the_command_line_runs_a_job_and_survives_ctrl_c(
     tmp_path: Path, long_config: dict[str, Any], write_config: Callable[..., Path], cluster_file: Path
 ) -> None:
