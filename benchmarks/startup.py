@@ -66,7 +66,7 @@ def main() -> int:
 
 def _commands(folder: Path, runs: int) -> dict[str, dict[str, Any]]:
     """Seconds of each command, best and median; a first run of each fills the caches and does not count."""
-    crystal = [sys.executable, "-c", "from crystal_hpc.cli import main; main()"]
+    crystal = [sys.executable, "-c", "from crystal_hpc.cli import run; run()"]
     asked = {"crystal --help": ["--help"], "crystal plan": ["plan", CONFIG]}
     words = {name: [*crystal, *asked[name]] for name in asked}
     words["python -c pass"] = [sys.executable, "-c", "pass"]
