@@ -105,6 +105,9 @@ def submit(file: Path, overrides: tuple[str, ...], cluster: Path, runs: Path, wa
 
     machine = load_cluster(cluster)
     folder = jobs.prepare(load_run(file, overrides), machine, runs)
+    if jobs.is_finished(folder):
+        click.echo(f"{folder} is finished: nothing to submit")
+        return
     since = len(journal.read_attempts(folder))
     job = jobs.start(folder, machine)
     click.echo(f"submitted job {job.job_id} for {folder}")

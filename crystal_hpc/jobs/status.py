@@ -3,6 +3,7 @@
 Needs neither scheduler nor torch. Attempts whose processes are gone are closed on the way.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -70,7 +71,8 @@ def cancel(folder: Path) -> str:
     entry = running[-1]
     files.write_file(folder / "attempts" / f"{entry['attempt']:04d}.cancel", "")
     for pid in entry["pids"].values():
-        os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(pid, signal.SIGTERM)
     return f"told job {entry['job']} to save and leave; see: crystal status {folder}"
 
 

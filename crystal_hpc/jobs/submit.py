@@ -50,6 +50,11 @@ def prepare(run: Run, cluster: Cluster, runs: Path) -> Path:
     return folder
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a prepared folder has nothing left to do."""
+    return any(entry["outcome"] == "finished" for entry in journal.read_attempts(folder))
+
+
 def start(folder: Path, cluster: Cluster) -> Any:
     """Submits the training job of a prepared run; returns submitit's job. It outlives this process."""
     import submitit

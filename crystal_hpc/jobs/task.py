@@ -20,7 +20,7 @@ import psutil
 import submitit
 
 from crystal_hpc import files
-from crystal_hpc.errors import CrystalError
+from crystal_hpc.errors import CheckpointError, CrystalError
 from crystal_hpc.jobs import journal
 from crystal_hpc.log import log, setup_logging
 from crystal_hpc.train.preemption import Stop, StopFlag, watch
@@ -97,13 +97,15 @@ class _Attempt:
         job = session.job(flag, self.entry["attempt"], self._on_event)
         ended = loop.train(job)
         job.metrics.close()
-        self._close(ended.stop, flag, ended.position.named(session.run))
+        told = min((told for told in comm.gather((flag.time, flag.signal)) if told[0]), default=(None, None))
+        self._close(ended.stop, told, ended.position.named(session.run))
         session.stop()
         return ended.stop
 
     def _on_event(self, event: str, named: dict[str, Any], redone: int) -> None:
         """Follows the loop. A file is written when an attempt starts, takes its first step, and saves."""
         if event == "started":
+            self._refuse_lost_history(named)
             self._update(first_step=named, redone_steps=redone)
             self._lap("data")
         elif event == "step":
@@ -113,10 +115,25 @@ class _Attempt:
         elif event == "saved":
             self._update(last_checkpoint=named)
 
-    def _close(self, stop: Stop, flag: StopFlag, at: dict[str, Any]) -> None:
+    def _refuse_lost_history(self, start: dict[str, Any]) -> None:
+        """A run that has saved before must not quietly begin again."""
+        saved = [entry["last_checkpoint"] for entry in journal.read_attempts(self.folder) if entry["last_checkpoint"]]
+        if (
+            self.rank == 0
+            and saved
+            and start["step"] == 0
+            and not any(self.folder.glob("checkpoints/*/*/manifest.json"))
+        ):
+            raise CheckpointError(
+                f"{self.folder}: attempts before this one saved checkpoints (the last: {saved[-1]['phase']} "
+                f"{saved[-1]['step']}), and none is there; bring them back, or begin a run under another name"
+            )
+
+    def _close(self, stop: Stop, told: tuple[float | None, str | None], at: dict[str, Any]) -> None:
+        """Closes the attempt; `told` is when the first of the ranks heard a signal, and which."""
         if self.rank != 0:
             return
-        durable = time.time() - flag.time if flag.time and stop is not Stop.NO else None
+        durable = time.time() - told[0] if told[0] and stop is not Stop.NO else None
         outcome = OUTCOME[stop]
         if stop is Stop.PREEMPTED and (self.folder / "attempts" / f"{self.entry['attempt']:04d}.cancel").exists():
             outcome = "cancelled"
@@ -127,12 +144,12 @@ class _Attempt:
             "preempted": f"told to leave; saved with {where}",
             "cancelled": f"cancelled by the user; saved with {where}",
         }[outcome]
-        journal.close(self.folder, self.entry, outcome, reason, signal=flag.signal, signal_to_durable=durable)
+        journal.close(self.folder, self.entry, outcome, reason, signal=told[1], signal_to_durable=durable)
         self.meeting.unlink(missing_ok=True)
 
     def _note(self, error: BaseException) -> None:
         """Leaves word of the cause. Rank 0 waits a moment for others' notes: its own error may be their echo."""
-        outcome = "out_of_memory" if _is_out_of_memory(error) else "code_error"
+        outcome = _outcome_of(error)
         reason = str(error) if isinstance(error, CrystalError) else f"{type(error).__name__}: {error}"
         log.error("%s", reason, exc_info=None if isinstance(error, CrystalError) else error)
         attempt = self.entry.get("attempt") or len(journal.read_attempts(self.folder))
@@ -154,5 +171,9 @@ class _Attempt:
         self._update(startup=self.startup)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+def _outcome_of(error: BaseException) -> str:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out_of_memory"
+    # What gloo and NCCL say when a rank is killed, or its node is: the others have done nothing wrong.
+    lost = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+    return "node_failure" if any(words in str(error) for words in lost) else "code_error"

@@ -79,8 +79,15 @@ def save(trainer: Trainer, run_folder: Path, position: Position, why: str) -> Pa
 
 
 def load_latest(trainer: Trainer, run_folder: Path) -> Position:
-    """Loads the newest generation, or stays at the start of a run that has none. A collective call."""
-    found = trainer.layout.comm.broadcast(latest(run_folder, trainer.run))
+    """Loads the newest generation, or stays at the start of a run that has none. A collective call.
+
+    What saves that were cut short have left behind is deleted.
+    """
+    comm = trainer.layout.comm
+    if comm.rank == 0:
+        for stale in (run_folder / "checkpoints").glob(f"*/step_*{files.PENDING}"):
+            files.remove_folder(stale)
+    found = comm.broadcast(latest(run_folder, trainer.run) if comm.rank == 0 else None)
     if found is None:
         return Position(0, 0)
     torch_dist.load(trainer, found.folder)

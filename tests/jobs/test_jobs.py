@@ -92,11 +92,12 @@ def test_a_run_told_that_time_is_up_saves_is_requeued_and_finishes_without_losin
     os.kill(ranks_of(folder)[1], signal.SIGUSR2)  # one rank is enough: all agree
     first, second = finish(folder, job)
     assert (first["outcome"], second["outcome"]) == ("time_limit", "finished")
-    assert first["signal_to_durable"] is None or first["signal_to_durable"] < 10
+    assert (first["signal"], 0 < first["signal_to_durable"] < 30) == ("SIGUSR2", True)
     assert second["first_step"]["step"] == first["last_step"]["step"] + 1 == first["last_checkpoint"]["step"]
     assert second["redone_steps"] == 0
     assert "68 steps, 544 samples: each read once, as planned; no step done twice" in check_ledger(folder)
     assert "100.0% of" in describe_status(folder)
+    assert submit.is_finished(folder)
     assert write_report(folder).stat().st_size > 10_000
 
 
@@ -137,7 +138,7 @@ def test_a_killed_rank_ends_the_attempt_and_the_next_one_goes_on_from_the_last_c
     wait_for_step(folder, "code", 25)
     os.kill(ranks_of(folder)[0], signal.SIGKILL)
     (first,) = finish(folder, job)
-    assert first["outcome"] in ("node_failure", "code_error")
+    assert first["outcome"] == "node_failure"
     assert first["last_checkpoint"]["step"] >= 20
     _, again = started()
     _, second = finish(folder, again, since=1)
@@ -173,6 +174,21 @@ def test_an_error_in_a_job_is_told_in_one_line_in_the_journal_and_in_full_in_the
     assert entry["outcome"] == "code_error"
     assert "is not the store that this run was begun with" in entry["reason"]
     assert any("is not the store" in line for line in log_lines(folder, 0, 60, follow=False))
+
+
+def test_a_run_whose_checkpoints_are_gone_is_an_error_and_no_fresh_start(
+    started: Callable[[], tuple[Path, Any]],
+) -> None:
+    folder, job = started()
+    wait_for_step(folder, "code", 2)
+    cancel(folder)
+    finish(folder, job)
+    (folder / "checkpoints").rename(folder / "moved-by-a-colleague")
+    _, again = started()
+    _, second = finish(folder, again, since=1)
+    assert second["outcome"] == "code_error"
+    assert "saved checkpoints (the last: code" in second["reason"]
+    assert "none is there; bring them back" in second["reason"]
 
 
 def test_a_disk_that_fills_up_stops_the_run_with_that_reason_and_loses_nothing(
