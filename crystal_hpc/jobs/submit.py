@@ -138,7 +138,7 @@ def _refuse_another(folder: Path, run: Run, sources: Sources) -> None:
         raise RunError(f"{folder}: holds a run with another config ({changes}); choose another name, or that config")
     begun = files.read_json(folder / "plan.json")["sources"]
     for name, info in sources.training.items():
-        if begun[name]["digest"] != info.digest:
+        if name in begun and begun[name]["digest"] != info.digest:
             raise RunError(f"{folder}: was begun with another store for {name!r}; choose another name, or that store")
 
 

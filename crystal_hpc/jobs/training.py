@@ -71,8 +71,8 @@ def start(folder: Path, rank: int, ranks: int, local_rank: int, init_method: str
 
 def check_unchanged(sources: Sources, plan: dict[str, Any]) -> None:
     """Raises StoreError if a store is not the one that the run was begun with."""
-    for name, info in sources.training.items():
-        begun = plan["sources"][name]
+    for name, begun in plan["sources"].items():
+        info = sources.training[name]
         if (info.tokens, info.digest) != (begun["tokens"], begun["digest"]):
             raise StoreError(
                 f"{info.folder}: source {name!r} is not the store that this run was begun with ({info.tokens} tokens, "

@@ -1,4 +1,8 @@
-"""One optimizer step, and one evaluation pass: Megatron's schedules, driven with our batches."""
+"""One optimizer step, and one evaluation pass: Megatron's schedules, driven with our batches.
+
+`loop` calls this for every step; from here a batch goes through `model.gpt` and `model.loss` and comes back as numbers
+that all ranks agree on.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +10,6 @@ from typing import Any
 
 import torch
 
-from crystal_hpc.comm import Comm
 from crystal_hpc.config.schema import Run
 from crystal_hpc.data.batches import StepBatch
 from crystal_hpc.model import backend, gpt, loss
@@ -84,8 +87,7 @@ def evaluate_micro_batch(trainer: Trainer, rows: torch.Tensor) -> float:
 def mean_over_ranks(layout: Layout, value: float) -> float:
     """Mean over the data-parallel ranks of what the last pipeline stage holds, on every rank."""
     mine = value / layout.data_size if layout.last_stage and layout.tensor_rank == 0 else 0.0
-    comm: Comm = layout.comm
-    return comm.sum_float(mine)
+    return layout.comm.sum_float(mine)
 
 
 def _run_schedule(
