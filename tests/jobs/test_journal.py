@@ -1,0 +1,68 @@
+"""The journal: attempts recorded once, closed once, and settled when their processes are gone."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from crystal_hpc.jobs import journal
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "attempts").mkdir()
+    return tmp_path
+
+
+def gone() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_attempts_are_numbered_from_one_and_say_where_they_ran(folder: Path) -> None:
+    first = journal.open_attempt(folder, "7", "local", ranks=2)
+    journal.close(folder, first, "preempted", "told to leave")
+    second = journal.open_attempt(folder, "8", "local", ranks=2)
+    read = journal.read_attempts(folder)
+    assert [(entry["attempt"], entry["job"], entry["outcome"]) for entry in read] == [
+        (1, "7", "preempted"),
+        (2, "8", None),
+    ]
+    assert second["versions"]["megatron-core"] and second["host"] and second["pids"] == {"0": os.getpid()}
+
+
+def test_an_attempt_whose_process_is_gone_is_closed_as_a_node_failure(folder: Path) -> None:
+    entry = journal.open_attempt(folder, "7", "local", ranks=1)
+    journal.update(folder, entry, pids={"0": gone()})
+    journal.settle(folder)
+    (settled,) = journal.read_attempts(folder)
+    assert (settled["outcome"], "vanished" in settled["reason"]) == ("node_failure", True)
+
+
+def test_an_attempt_that_runs_is_left_open(folder: Path) -> None:
+    journal.open_attempt(folder, "7", "local", ranks=1)
+    journal.settle(folder)
+    assert journal.read_attempts(folder)[0]["outcome"] is None
+
+
+def test_the_rank_that_failed_first_gives_the_cause(folder: Path) -> None:
+    entry = journal.open_attempt(folder, "7", "local", ranks=3)
+    journal.note_error(folder, 1, rank=2, outcome="out_of_memory", reason="no memory")
+    time.sleep(0.01)
+    journal.note_error(folder, 1, rank=0, outcome="code_error", reason="connection lost")
+    journal.update(folder, entry, pids={"0": gone()})
+    journal.settle(folder)
+    (settled,) = journal.read_attempts(folder)
+    assert (settled["outcome"], settled["reason"]) == ("out_of_memory", "rank 2: no memory")
+
+
+def test_a_new_attempt_settles_the_one_before(folder: Path) -> None:
+    entry = journal.open_attempt(folder, "7", "local", ranks=1)
+    journal.update(folder, entry, pids={"0": gone()})
+    journal.open_attempt(folder, "8", "local", ranks=1)
+    assert [entry["outcome"] for entry in journal.read_attempts(folder)] == ["node_failure", None]
