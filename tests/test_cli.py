@@ -105,8 +105,16 @@ def test_tensor_parallelism_that_does_not_divide_the_heads_is_refused(
     submit: Callable[..., Result], tiny_config: Config
 ) -> None:
     refused(
-        submit(tiny_config, "parallel.tensor=3", "model.ffn=84"), "parallel.tensor: 3 does not divide model.heads = 4"
+        submit(tiny_config, "parallel.tensor=3", "model.vocab_size=537"),
+        "parallel.tensor: 3 does not divide model.heads = 4",
     )
+
+
+def test_tensor_parallelism_that_does_not_divide_the_vocabulary_is_refused_with_a_size_that_fits(
+    submit: Callable[..., Result], tiny_config: Config
+) -> None:
+    result = submit(tiny_config, "parallel.tensor=2", "model.vocab_size=535")
+    refused(result, "model.vocab_size: 535 is not a multiple of parallel.tensor = 2; make it 536")
 
 
 def test_a_layout_that_does_not_fit_the_ranks_is_refused(submit: Callable[..., Result], tiny_config: Config) -> None:

@@ -27,6 +27,13 @@ def run_problems(run: Run) -> Iterator[str]:
                 f"parallel.tensor: {parallel.tensor} does not divide model.{key} = {size}; "
                 f"choose one of {_divisors(size)}"
             )
+    if model.vocab_size % parallel.tensor:
+        # Megatron would pad the vocabulary, and the loss of a layout would count tokens that do not exist.
+        fits = math.ceil(model.vocab_size / parallel.tensor) * parallel.tensor
+        yield (
+            f"model.vocab_size: {model.vocab_size} is not a multiple of parallel.tensor = {parallel.tensor}; "
+            f"make it {fits}"
+        )
     if model.layers % parallel.pipeline:
         yield (
             f"parallel.pipeline: {parallel.pipeline} does not divide model.layers = {model.layers}; "

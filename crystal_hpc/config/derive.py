@@ -45,11 +45,6 @@ def tokens_until(run: Run, phase_index: int, step: int) -> int:
     return before + (step * tokens_per_step(run.phases[phase_index]) if phase_index < len(run.phases) else 0)
 
 
-def padded_vocab(model: Model, tensor: int) -> int:
-    """Rows of the embedding table as stored: `vocab_size` rounded up to a multiple of the tensor-parallel size."""
-    return math.ceil(model.vocab_size / tensor) * tensor
-
-
 def parameters(model: Model) -> int:
     """Trainable parameters. Crystal-7B gives 6,575,278,720, its published count."""
     h, f = model.hidden, model.ffn

@@ -68,7 +68,7 @@ def _transposed(parts: Sequence[Tensor], _model: Model) -> Tensor:
 
 
 def _drop_padding(tensor: Tensor, model: Model) -> Parts:
-    # Tensor parallelism pads the vocabulary; the rows beyond it belong to no token.
+    # Other trainers pad the vocabulary for tensor parallelism; the rows beyond it belong to no token.
     return (tensor[: model.vocab_size],)
 
 

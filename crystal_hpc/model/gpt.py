@@ -64,7 +64,7 @@ def build(run: Run, layout: Layout) -> GPTModel:
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=derive.padded_vocab(run.model, run.parallel.tensor),
+        vocab_size=run.model.vocab_size,
         max_sequence_length=max(phase.sequence_length for phase in run.phases),
         pre_process=layout.first_stage,
         post_process=layout.last_stage,

@@ -143,12 +143,6 @@ def test_flops_of_crystal_are_near_its_own_count() -> None:
     assert derive.flops_per_token(CRYSTAL, 2048) == pytest.approx(46.4e9, rel=0.1)
 
 
-def test_the_vocabulary_is_padded_to_the_tensor_parallel_size() -> None:
-    assert [derive.padded_vocab(CRYSTAL, tensor) for tensor in (1, 2, 32, 64, 5)] == [
-        32032, 32032, 32032, 32064, 32035
-    ]  # fmt: skip
-
-
 @settings(deadline=None)
 @given(
     warmup=st.integers(0, 50),

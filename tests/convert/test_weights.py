@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).parents[2]
 RUN = """
 name: tiny
 precision: fp32
-model: {layers: 2, hidden: 32, heads: 4, ffn: 42, vocab_size: 125, rotary_fraction: 0.5, init_std: 0.073}
+model: {layers: 2, hidden: 32, heads: 4, ffn: 42, vocab_size: 126, rotary_fraction: 0.5, init_std: 0.073}
 mup: {base_hidden: 16, embedding_multiplier: 14.6, output_multiplier: 2.22}
 data: {tokenizer: tokenizer, sources: {prose: prose}}
 parallel: {micro_batch: 2, distributed_optimizer: false}
@@ -266,7 +266,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
     content = json.loads((tokenizer_folder / "tokenizer.json").read_text())
     content["model"]["vocab"] |= {f"x{n}": 100 + n for n in range(50)}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"has 150 ids, more than model\.vocab_size = 125"):
+    with pytest.raises(CheckpointError, match=r"has 150 ids, more than model\.vocab_size = 126"):
         weights.export(trained.checkpoint("plain"), trained.run(), tmp_path, tmp_path / "out")
 
 
