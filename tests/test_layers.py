@@ -38,7 +38,6 @@ WITHOUT_TORCH = [
     "jobs.journal",
     "jobs.status",
     "jobs.request",
-    "jobs.shield",
     "jobs.doctor",
     "report.plan",
 ]

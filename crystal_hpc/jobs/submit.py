@@ -6,9 +6,7 @@ a folder that the same command picks up again.
 
 import contextlib
 import os
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +18,10 @@ from crystal_hpc.config.load import check_layout, dump_yaml, load_run
 from crystal_hpc.config.schema import Cluster, Run
 from crystal_hpc.data.sources import Sources, read_sources
 from crystal_hpc.errors import RunError
-from crystal_hpc.jobs import journal, shield
+from crystal_hpc.jobs import journal
 from crystal_hpc.jobs.request import executor_parameters
 from crystal_hpc.report.plan import make_plan
+from crystal_hpc.train.preemption import held_back
 
 Event = Callable[[str], None]
 # submitit stops requeueing after 3 timeouts by default, and takes preemption for one; how long to go on is not its say.
@@ -61,10 +60,11 @@ def start(folder: Path, cluster: Cluster) -> Any:
 
     from crystal_hpc.jobs.task import TrainTask
 
-    shielded = [sys.executable, "-S", "-E", shield.__file__, sys.executable]
-    executor = submitit.LocalExecutor(folder / "logs", max_num_timeout=MANY, python=shlex.join(shielded))
+    executor = submitit.LocalExecutor(folder / "logs", max_num_timeout=MANY)
     executor.update_parameters(**executor_parameters(cluster))
-    with _detached(), _environment(cluster.environment), files.disk_errors(folder):
+    # Held back from the first instruction of every rank on, through submitit's controller and its requeues. The
+    # controller itself never lets them in: signals are for the ranks (`crystal cancel`).
+    with _detached(), held_back(), _environment(cluster.environment), files.disk_errors(folder):
         return executor.submit(TrainTask(folder))
 
 

@@ -1,7 +1,7 @@
 """What every rank of a job runs: from the first signal handler to the outcome in the journal.
 
-submitit starts it on each rank, under `shield`. In order: handlers first, then the imports that take seconds, then the
-ranks find each other, then `train.loop`. Rank 0 keeps the journal. The ways out:
+submitit starts it on each rank, its signals held back. In order: handlers first, then the imports that take seconds,
+then the ranks find each other, then `train.loop`. Rank 0 keeps the journal. The ways out:
 
 - finished: every rank returns, submitit records success;
 - SIGUSR2 (time nearly up): saved; rank 0 lets submitit requeue the job, with `launch` counted up;

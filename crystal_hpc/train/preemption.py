@@ -2,13 +2,16 @@
 
 Slurm preempts or cancels with SIGTERM, and announces the end of the time limit with SIGUSR2 (`--signal`). Both only
 mark the flag; the training loop reads it in every long stretch, the ranks agree at a step boundary, and then all of
-them save together (`loop`). A job starts with both signals blocked (`jobs/shield`), so one that comes while Python is
-still importing waits here: `watch` unblocks them once the handlers stand.
+them save together (`loop`). A job is started with both signals held back, so that one that comes while Python is still
+importing, when SIGUSR2 would kill it and submitit would throw SIGTERM away, waits: `watch` lets them in once the
+handlers stand.
 """
 
+import contextlib
 import enum
 import signal
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 
@@ -40,6 +43,16 @@ class StopFlag:
         told = SIGNALS[signal.Signals(number)]
         if told > self.stop:
             self.stop, self.signal = told, signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Processes started in this block, and theirs, begin with the signals blocked: pending until they `watch`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def watch() -> StopFlag:

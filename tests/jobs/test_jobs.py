@@ -122,8 +122,7 @@ def test_a_signal_before_the_imports_are_done_is_neither_lost_nor_fatal(
     folder, job = started()
     controller = psutil.Process(int(job.job_id))
     ranks = wait_for(lambda: controller.children() if len(controller.children()) == 2 else None, "two ranks")
-    # The shield has exec'ed submitit by now; torch and Megatron take seconds more.
-    wait_for(lambda: all("submitit.core._submit" in child.cmdline() for child in ranks), "the ranks to start")
+    # At once: Python itself is still starting, torch and Megatron take seconds more.
     for rank in ranks:
         rank.send_signal(signal.SIGUSR2)
     attempts = finish(folder, job)
