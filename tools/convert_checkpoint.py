@@ -31,11 +31,12 @@ def main() -> int:
     """Exports, then compares; returns the exit code."""
     arguments = parse()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparison wants plain float32, on a GPU machine too
-    # Late: --help and the environment come first.
+    # Late: --help, the environment and mistakes in the config come before torch.
     from crystal_hpc.config.load import load_run
-    from crystal_hpc.convert.export import export_checkpoint
 
     config = load_run(arguments.run or (arguments.checkpoint / "../../../run.yaml").resolve())
+    from crystal_hpc.convert.export import export_checkpoint
+
     tokenizer = arguments.tokenizer or Path(config.data.tokenizer)
     with shown_progress() as on_progress:
         said = export_checkpoint(
