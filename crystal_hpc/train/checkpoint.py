@@ -125,12 +125,25 @@ def _check(generation: Generation, run: Run) -> None:
     folder, manifest = generation.folder, generation.manifest
     if manifest["digest"] != derive.run_digest(run):
         raise CheckpointError(f"{folder}: belongs to a run with another config; use a run folder of its own")
+    _check_layout(generation, run)
     for name, recorded in manifest["files"].items():
         path = folder / name
         size = path.stat().st_size if path.exists() else None
         if size != recorded["bytes"]:
             said = "is missing" if size is None else f"has {size} bytes, not {recorded['bytes']}"
             raise CheckpointError(f"{path} {said}; move {folder} away to go on from the checkpoint before it")
+
+
+def _check_layout(generation: Generation, run: Run) -> None:
+    """The distributed optimizer's state can be shared out anew over data-parallel ranks only (`torch_dist`)."""
+    now, then = run.parallel.model_dump(), generation.manifest["layout"]
+    keys = ("tensor", "pipeline", "distributed_optimizer")
+    changed = [f"{key} = {then[key]}, not {now[key]}" for key in keys if then[key] != now[key]]
+    if changed and (now["distributed_optimizer"] or then["distributed_optimizer"]):
+        raise CheckpointError(
+            f"{generation.folder}: was saved with parallel.{', parallel.'.join(changed)}; with the distributed "
+            "optimizer only the number of data-parallel ranks may change: go on with that layout"
+        )
 
 
 def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -28,7 +28,12 @@ def make_generation(folder: Path, run: Run, position: Position) -> Path:
     place = generation_folder(folder, run, position)
     place.mkdir(parents=True)
     (place / "__0_0.distcp").write_bytes(b"x" * 100)
-    manifest = {"digest": derive.run_digest(run), **position.named(run), "files": {"__0_0.distcp": {"bytes": 100}}}
+    manifest = {
+        "digest": derive.run_digest(run),
+        **position.named(run),
+        "layout": run.parallel.model_dump(),
+        "files": {"__0_0.distcp": {"bytes": 100}},
+    }
     files.write_json(place / "manifest.json", manifest)
     return place
 
@@ -69,6 +74,20 @@ def test_a_checkpoint_of_another_config_is_refused(folder: Path, run: Run) -> No
     make_generation(folder, other, Position(0, 3))
     with pytest.raises(CheckpointError, match="belongs to a run with another config"):
         latest(folder, run)
+
+
+def test_another_model_parallel_layout_is_refused_where_the_distributed_optimizer_could_not_follow(
+    folder: Path, run: Run
+) -> None:
+    def with_layout(**changes: object) -> Run:
+        return run.model_copy(update={"parallel": run.parallel.model_copy(update=changes)})
+
+    make_generation(folder, with_layout(distributed_optimizer=True), Position(0, 3))
+    assert latest(folder, with_layout(distributed_optimizer=True, micro_batch=4)) is not None
+    with pytest.raises(CheckpointError, match="tensor = 1, not 2; with the distributed optimizer only"):
+        latest(folder, with_layout(distributed_optimizer=True, tensor=2))
+    with pytest.raises(CheckpointError, match="distributed_optimizer = True, not False"):
+        latest(folder, with_layout(distributed_optimizer=False))
 
 
 def test_a_damaged_manifest_is_named(folder: Path, run: Run) -> None:
