@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STARTED := $(shell date +%s)
 
-.PHONY: demo test lint bench clean
+# A private Slurm of NODES virtual nodes; ACCOUNTING=1 adds slurmdbd, so that sacct answers.
+NODES ?= 4
+DEVCLUSTER := $(PYTHON) slurm/devcluster/devcluster.py
+
+.PHONY: demo test lint bench clean cluster-up cluster-down
 
 demo: $(VENV)/.demo
 	$(BIN)/crystal demo $(if $(FRESH),--fresh)
@@ -23,6 +27,12 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/step_overhead.py
+
+cluster-up:
+	@$(DEVCLUSTER) up --nodes $(NODES) $(if $(ACCOUNTING),--accounting)
+
+cluster-down:
+	@$(DEVCLUSTER) down
 
 clean:
 	rm -rf $(VENV) build *.egg-info
