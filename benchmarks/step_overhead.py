@@ -100,7 +100,7 @@ def _rank(rank: int, folder: Path, blocks: int, steps: int) -> None:
     """One of the two processes: our loop runs, and after each of its blocks the bare loop runs one."""
     sys.stderr = open(folder / f"rank{rank}.log", "w", buffering=1)  # noqa: SIM115 (where a job's log lines go)
     run = _run(folder, WARM_UP + steps * blocks)
-    layout = parallel.start(run, rank, RANKS, rank, f"file://{folder}/meeting")
+    layout = parallel.start(run, rank, RANKS, rank, folder / "meeting")
     bare_step = _bare_loop(run, layout)
     for _ in range(WARM_UP):
         bare_step()

@@ -97,43 +97,74 @@ def plan(file: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--cluster", required=True, type=click.Path(path_type=Path), help="Cluster file, see configs/clusters.")
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Folder of all runs.")
 @click.option("--wait/--no-wait", default=False, help="Stay and show progress; Ctrl-C leaves the job running.")
-def submit(file: Path, overrides: tuple[str, ...], cluster: Path, runs: Path, wait: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Print the batch scripts; create and submit nothing.")
+def submit(file: Path, overrides: tuple[str, ...], cluster: Path, runs: Path, wait: bool, dry_run: bool) -> None:
     """Start a run, or take it up where it stopped."""
     from crystal_hpc.config.load import load_cluster, load_run
-    from crystal_hpc.jobs import journal
     from crystal_hpc.jobs import submit as jobs
 
-    machine = load_cluster(cluster)
-    folder = jobs.prepare(load_run(file, overrides), machine, runs)
-    if jobs.is_finished(folder):
-        click.echo(f"{folder} is finished: nothing to submit")
+    machine, asked = load_cluster(cluster), load_run(file, overrides)
+    if dry_run:
+        for title, script in jobs.dry_run(asked, machine, runs):
+            click.echo(f"##### {title}\n{script}")
         return
-    since = len(journal.read_attempts(folder))
-    job = jobs.start(folder, machine)
-    click.echo(f"submitted job {job.job_id} for {folder}")
-    if not wait:
-        click.echo(f"watch it with: crystal status {folder}")
-        return
-    entry = jobs.follow(folder, job, since, click.echo)
-    if entry is None or entry["outcome"] != "finished":
-        click.echo(f"the run is not finished; see: crystal logs {folder}", err=True)
-        sys.exit(1)
+    folder = jobs.prepare(asked, machine, runs)
+    _start(folder, machine, wait)
 
 
 @main.command()
 @RUN_FOLDER
+@click.option("--cluster", type=click.Path(path_type=Path), help="Another cluster file than that of last time.")
+@click.option("--wait/--no-wait", default=False, help="Stay and show progress; Ctrl-C leaves the job running.")
+def resume(run: Path, cluster: Path | None, wait: bool) -> None:
+    """Take up a run that was cancelled, stopped or lost, from its last checkpoint."""
+    from crystal_hpc.jobs import submit as jobs
+
+    folder, machine = jobs.reopen(run, cluster)
+    _start(folder, machine, wait)
+
+
+def _start(folder: Path, machine: Any, wait: bool) -> None:
+    """Submits what is left of a prepared run, and says what to do next."""
+    from crystal_hpc.jobs import journal, queueing
+    from crystal_hpc.jobs import submit as jobs
+
+    if jobs.is_finished(folder):
+        click.echo(f"{folder} is finished: nothing to submit")
+        return
+    since = len(journal.read_attempts(folder))
+    started = jobs.start(folder, machine)
+    if machine.executor == "slurm":
+        for warning in queueing.warnings(folder, machine):
+            click.echo(f"warning: {warning}", err=True)
+    ids = list(dict.fromkeys(job.job_id.partition("_")[0] for job in started))
+    click.echo(f"submitted job{'s' if len(ids) > 1 else ''} {', '.join(ids)} for {folder}")
+    if not wait:
+        click.echo(f"watch it with: crystal status {folder}")
+        return
+    if not jobs.follow(folder, started, since, click.echo):
+        click.echo(f"the run is not finished; see: crystal status {folder}, crystal logs {folder}", err=True)
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Folder of all runs.")
 @click.option("--watch", is_flag=True, help="Show again every few seconds.")
-def status(run: Path, watch: bool) -> None:
-    """Show phases, attempts and progress of a run, from its folder alone."""
+def status(run: Path | None, runs: Path, watch: bool) -> None:
+    """Show phases, jobs, attempts and progress of a run; without RUN, a line for each."""
     import time
 
-    from crystal_hpc.jobs.status import describe_status
+    from crystal_hpc.jobs.status import describe_runs, describe_status
 
-    click.echo(describe_status(run))
+    def show() -> None:
+        click.echo(describe_status(run) if run else describe_runs(runs))
+
+    show()
     while watch:
         time.sleep(5)
         click.clear()
-        click.echo(describe_status(run))
+        show()
 
 
 @main.command()
@@ -152,7 +183,7 @@ def logs(run: Path, rank: int, follow: bool, lines: int) -> None:
 @main.command()
 @RUN_FOLDER
 def cancel(run: Path) -> None:
-    """Tell a running job to save and leave."""
+    """Take the jobs of a run out of the queue; those that run save first."""
     from crystal_hpc.jobs.status import cancel as cancel_job
 
     click.echo(cancel_job(run))

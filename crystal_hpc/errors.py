@@ -39,3 +39,7 @@ class BackendError(CrystalError):
 
 class DiskError(CrystalError):
     """The file system refused: full, read-only, or not ours to write."""
+
+
+class SlurmError(CrystalError):
+    """Slurm is not there, or refused; its own words are part of the message."""

@@ -6,6 +6,7 @@ instant leaves the old state or the new one, never a mixture. Readers accept onl
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from crystal_hpc.errors import DiskError
+from crystal_hpc.errors import DiskError, RunError
 
 PENDING = ".pending"
 
@@ -133,6 +134,20 @@ def commit_folder(pending: Path, final: Path) -> None:
             fsync_path(Path(folder))
         os.rename(pending, final)
         fsync_path(final.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Keeps other processes out of the block, on this host and (where locks work there) on shared storage.
+
+    Raises RunError with `refusal` if another is inside.
+    """
+    with disk_errors(path), open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(refusal) from None
+        yield
 
 
 def remove_folder(path: Path) -> None:

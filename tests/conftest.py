@@ -82,7 +82,7 @@ def write_config(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
 def cluster_file(tmp_path: Path) -> Path:
     """A local cluster of two ranks."""
     path = tmp_path / "cluster.yaml"
-    content = {"name": "here", "executor": "local", "ranks": 2, "time_limit": "10min", "signal_delay": "30s"}
+    content = {"name": "here", "executor": "local", "ranks_per_node": 2, "time_limit": "10min", "signal_delay": "30s"}
     path.write_text(yaml.safe_dump({**content, "environment": {"OMP_NUM_THREADS": "1"}}))
     return path
 

@@ -5,11 +5,26 @@ Types and unknown keys are `load`'s concern; what needs the disk (stores, tokeni
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator
 
 from crystal_hpc.config import derive
-from crystal_hpc.config.schema import Cluster, Phase, Run
+from crystal_hpc.config.schema import Cluster, Phase, Run, Slurm
 
+# Options of sbatch that a job of ours cannot work without.
+OURS = {
+    "array",
+    "dependency",
+    "error",
+    "job-name",
+    "nodes",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "requeue",
+    "signal",
+}
+OURS |= {"time", "kill-on-invalid-dep"}
 SMALLEST_WEIGHT = 1e-9
 SUM_TOLERANCE = 1e-5  # published weights are rounded: Crystal's phase 1 sums to 0.999999
 
@@ -69,10 +84,38 @@ def _phase_problems(run: Run, phase: Phase) -> Iterator[str]:
             yield f"learning_rate.warmup_steps: {warmup} is more than the phase's {steps}"
 
 
-def layout_problems(run: Run, cluster: Cluster) -> Iterator[str]:
-    """Everything in a run that cannot work on this cluster."""
+def cluster_problems(cluster: Cluster) -> Iterator[str]:
+    """Everything in a cluster profile that cannot work whatever the run."""
     if cluster.signal_delay >= cluster.time_limit:
         yield f"signal_delay: {cluster.signal_delay}s leaves nothing of the time limit of {cluster.time_limit}s"
+    if cluster.executor == "local":
+        if cluster.nodes != 1:
+            yield f"nodes: {cluster.nodes}; the local executor has this machine alone: make it 1, or executor: slurm"
+        if cluster.slurm != Slurm():
+            yield "slurm: is for executor: slurm; this profile says local"
+    taken = {
+        "signal",
+        "array",
+        "dependency",
+        "output",
+        "error",
+        "nodes",
+        "ntasks-per-node",
+        "time",
+        "requeue",
+        "job-name",
+    }
+    for name in sorted(taken & {option.replace("_", "-") for option in cluster.slurm.options}):
+        yield f"slurm.options.{name}: crystal sets this one itself"
+    for variables in ("environment", "slurm.network"):
+        found = cluster.environment if variables == "environment" else cluster.slurm.network
+        for name in found:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                yield f"{variables}.{name}: not a name of an environment variable"
+
+
+def layout_problems(run: Run, cluster: Cluster) -> Iterator[str]:
+    """Everything in a run that cannot work on this cluster."""
     block = run.parallel.tensor * run.parallel.pipeline
     if cluster.ranks % block:
         yield (

@@ -56,7 +56,9 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
 
 def load_cluster(path: Path | str, overrides: Sequence[str] = ()) -> Cluster:
     """Reads a cluster profile. Raises ConfigError listing everything that is wrong."""
-    return _load(Path(path), Cluster, overrides)[0]
+    cluster, lines = _load(Path(path), Cluster, overrides)
+    _raise([_with_line(problem, lines) for problem in check.cluster_problems(cluster)], Path(path))
+    return cluster
 
 
 def check_layout(run: Run, cluster: Cluster) -> None:

@@ -191,18 +191,98 @@ class Run(Strict):
     """The stretches of training, in order."""
 
 
+class Container(Strict):
+    """Where the ranks run, if not on the node as it is."""
+
+    runtime: Literal["pyxis", "apptainer"]
+    """`pyxis`: srun's --container-image (Enroot); `apptainer`: each rank inside `apptainer exec`."""
+    image: str = Field(min_length=1)
+    """What the runtime calls its image: a registry name, a .sqsh or a .sif file."""
+    mounts: list[str] = Field(default_factory=list)
+    """Folders to see inside, as `/path` or `/outside:/inside`; runs, stores and the package must be among them."""
+    python: str = Field(default="python3", min_length=1)
+    """The interpreter inside, with crystal_hpc installed."""
+
+
+class SideJob(Strict):
+    """A job of the chain beside the training."""
+
+    time_limit: Seconds
+    """Its time limit."""
+    ranks: Positive = 1
+    """Its processes, all on one node."""
+    partition: str | None = None
+    """Partition, if not that of the training."""
+
+
+class Slurm(Strict):
+    """What is asked of Slurm. Each key is sbatch's own option unless it says otherwise."""
+
+    partition: str | None = None
+    """--partition; Slurm's default without it."""
+    account: str | None = None
+    """--account"""
+    qos: str | None = None
+    """--qos"""
+    constraint: str | None = None
+    """--constraint: features that each node must have."""
+    exclude: list[str] = Field(default_factory=list)
+    """--exclude: nodes to leave out. Nodes that failed a run twice are added."""
+    gpus: bool = True
+    """One GPU for each rank (--gpus-per-node). Off where nodes have none: the ranks then run on the CPU rig."""
+    cpus_per_rank: Positive | None = None
+    """--cpus-per-task"""
+    memory: str | None = None
+    """--mem, of each node; `0` asks for all of it."""
+    exclusive: bool = False
+    """--exclusive: nodes to ourselves."""
+    options: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Any other option of sbatch by its long name (reservation: night); `true` for one without a value."""
+    resume_by: Literal["requeue", "slices"] = "requeue"
+    """How a phase goes on at its time limit: `requeue`: one job that goes back to the queue; `slices`: an array of
+    jobs, one after the other, for sites that do not allow requeueing."""
+    slices: Positive = 20
+    """With `slices`, how many at most for each phase; those that are not needed are taken from the queue."""
+    modules: list[str] = Field(default_factory=list)
+    """Loaded with `module load` before anything runs."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines for the batch script, after the modules."""
+    container: Container | None = None
+    """Where the ranks run, if not on the node as it is."""
+    scratch: str | None = None
+    """Node-local disk for staged data, as the shell spells it (/scratch/$USER); CRYSTAL_SCRATCH in the job."""
+    network: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of NCCL, Gloo and the fabric (NCCL_SOCKET_IFNAME: hsn0)."""
+    stage: SideJob | None = None
+    """A job before each phase that reads its token stores against their digests; without it, nobody does."""
+    evaluate: SideJob | None = None
+    """A job after each phase for the held-out losses; without it, the training job evaluates."""
+
+
 class Cluster(Strict):
     """A machine to run on."""
 
     name: Name
     """Names the cluster in messages."""
-    executor: Literal["local"]
-    """`local`: the ranks are processes of this machine, started by submitit."""
-    ranks: Positive
-    """Processes of a job, one for each GPU (or share of the CPU)."""
+    executor: Literal["local", "slurm"]
+    """`local`: the ranks are processes of this machine; `slurm`: jobs. Both are started by submitit."""
+    nodes: Positive = 1
+    """Nodes of a training job."""
+    ranks_per_node: Positive
+    """Processes on each node, one for each GPU (or share of the CPU)."""
     time_limit: Seconds
     """Longest life of one attempt (30min, 24h)."""
     signal_delay: Seconds = Field(default=90, json_schema_extra={"default": "90s"})
     """How long before the time limit the job is told to save."""
+    hang_limit: Seconds = Field(default=900, json_schema_extra={"default": "900s"})
+    """How long start-up, a first step or a save may take before the attempt is given up; a later step may take 20
+    times what the slowest so far took, at least a minute, and never longer than this."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every rank."""
+    slurm: Slurm = Field(default_factory=Slurm)
+    """What is asked of Slurm."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes of a training job."""
+        return self.nodes * self.ranks_per_node

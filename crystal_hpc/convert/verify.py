@@ -87,7 +87,7 @@ def _trained_logits(checkpoint: Path, run: Run, rows: Tensor, rounded: torch.dty
     alone = run.model_copy(update={"precision": "fp32", "parallel": Parallel()})
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as meeting:
-        layout = parallel.start(alone, 0, 1, 0, f"file://{meeting}/store")
+        layout = parallel.start(alone, 0, 1, 0, Path(meeting, "store"))
         try:
             torch.set_num_threads(threads)
             model = gpt.build(alone, layout).eval()

@@ -1,8 +1,9 @@
 """The journal of a run: every start of a job recorded once, and closed with one authoritative outcome.
 
 `attempts/0001.json` is opened by rank 0 when a job starts and closed by it when the job ends. A rank that fails leaves
-a note (`0001.rank3.error.json`) first, so that the cause is not lost behind the errors it brings about elsewhere. An
-attempt whose processes are gone without a word is closed by whoever looks next (`settle`).
+a note (`<job>.<launch>.rank3.error.json`) first, so that the cause is not lost behind the errors it brings about
+elsewhere. An attempt whose processes are gone without a word is closed by whoever looks next (`settle`): the batch
+script of the job, the next attempt, or `crystal status`.
 """
 
 import os
@@ -16,6 +17,9 @@ from typing import Any
 import psutil
 
 from crystal_hpc import files
+from crystal_hpc.errors import SlurmError
+from crystal_hpc.jobs import slurm
+from crystal_hpc.jobs.place import Place
 from crystal_hpc.log import log
 
 OUTCOMES = (
@@ -37,15 +41,21 @@ def read_attempts(run_folder: Path) -> list[Entry]:
     return [files.read_json(path) for path in sorted((run_folder / "attempts").glob("[0-9][0-9][0-9][0-9].json"))]
 
 
-def open_attempt(run_folder: Path, job: str, executor: str, ranks: int) -> Entry:
-    """Records that a job starts; only rank 0 calls this. Earlier attempts that never said goodbye are settled."""
-    settle(run_folder)
+def open_attempt(run_folder: Path, place: Place, until: str | None) -> Entry:
+    """Records that a job starts, to train `until` the end of a phase (None: of the run); only rank 0 calls this.
+
+    Earlier attempts that never said goodbye are settled.
+    """
+    settle(run_folder, (place.job, place.launch))
     entry: Entry = {
         "attempt": len(read_attempts(run_folder)) + 1,
-        "job": job,
-        "executor": executor,
+        "job": place.job,
+        "launch": place.launch,
+        "executor": place.executor,
+        "until": until,
         "host": platform.node(),
-        "ranks": ranks,
+        "nodes": [place.node] if place.node else [],
+        "ranks": place.ranks,
         "pids": {"0": os.getpid()},
         "started": time.time(),
         "first_step": None,
@@ -61,6 +71,8 @@ def open_attempt(run_folder: Path, job: str, executor: str, ranks: int) -> Entry
         "signal": None,
         "signal_to_durable": None,
         "redone_steps": 0,
+        "mistake": False,
+        "blamed": [],
     }
     update(run_folder, entry)
     return entry
@@ -78,41 +90,87 @@ def close(run_folder: Path, entry: Entry, outcome: str, reason: str, **fields: A
     update(run_folder, entry, ended=time.time(), outcome=outcome, reason=reason, **fields)
 
 
-def note_error(run_folder: Path, attempt: int, rank: int, outcome: str, reason: str) -> None:
-    """Leaves word of what made this rank fail."""
-    path = run_folder / "attempts" / f"{attempt:04d}.rank{rank}.error.json"
-    files.write_json(path, {"rank": rank, "time": time.time(), "outcome": outcome, "reason": reason})
+def note_error(
+    run_folder: Path, place: Place, outcome: str, reason: str, mistake: bool = False, hang: bool = False
+) -> None:
+    """Leaves word of what made this rank fail; a user's `mistake` would only fail again."""
+    path = run_folder / "attempts" / f"{place.start}.rank{place.rank}.error.json"
+    said = {
+        "rank": place.rank,
+        "node": place.node,
+        "outcome": outcome,
+        "reason": reason,
+        "mistake": mistake,
+        "hang": hang,
+    }
+    files.write_json(path, {"time": time.time(), **said})
 
 
-def first_error(run_folder: Path, attempt: int) -> Entry | None:
+def first_error(run_folder: Path, job: str, launch: int) -> Entry | None:
     """The note of the rank that failed first: the cause, as the others fail because of it."""
-    notes = [files.read_json(path) for path in (run_folder / "attempts").glob(f"{attempt:04d}.rank*.error.json")]
+    notes = [files.read_json(path) for path in (run_folder / "attempts").glob(f"{job}.{launch}.rank*.error.json")]
     return min(notes, key=lambda note: note["time"], default=None)
 
 
-def settle(run_folder: Path) -> None:
-    """Closes attempts whose processes are gone: by the first error note, else as a node failure."""
+def close_by_note(run_folder: Path, entry: Entry, note: Entry) -> None:
+    """Closes an attempt with what one of its ranks said."""
+    close(run_folder, entry, note["outcome"], f"rank {note['rank']}: {note['reason']}", mistake=note["mistake"])
+
+
+def settle(run_folder: Path, me: tuple[str, int] | None = None) -> None:
+    """Closes attempts whose processes are gone: by the first error note, else as a node failure.
+
+    `me` is the start of a job (id, launch) that asks; earlier starts of the same job are gone by Slurm's word.
+    """
     for entry in read_attempts(run_folder):
-        if entry["outcome"] is not None or is_alive(entry):
+        if entry["outcome"] is not None or is_alive(entry, me):
             continue
-        note = first_error(run_folder, entry["attempt"])
+        note = first_error(run_folder, entry["job"], entry["launch"])
         if note:
-            close(run_folder, entry, note["outcome"], f"rank {note['rank']}: {note['reason']}")
+            close_by_note(run_folder, entry, note)
         else:
-            close(run_folder, entry, "node_failure", "the job's processes vanished (killed, or the node was lost)")
+            reason = "the job's processes vanished (killed, or the node was lost)"
+            close(run_folder, entry, "node_failure", reason, blamed=_broken(entry))
         log.warning("attempt %d is over: %s, %s", entry["attempt"], entry["outcome"], entry["reason"])
 
 
-def is_alive(entry: Entry) -> bool:
-    """Whether any process of a local attempt still runs. An attempt on another host counts as alive."""
+def is_alive(entry: Entry, me: tuple[str, int] | None = None) -> bool:
+    """Whether any process of an attempt still runs; an attempt that nobody here can know about counts as alive."""
+    if entry["executor"] == "slurm":
+        if me and me[0] == entry["job"]:
+            return bool(me[1] == entry["launch"])
+        try:
+            return slurm.is_at_work(entry["job"], entry["launch"])
+        except SlurmError:
+            return True
     if entry["host"] != platform.node():
         return True
     return any(_is_ours(pid, entry["started"]) for pid in entry["pids"].values())
 
 
+def is_superseded(run_folder: Path, entry: Entry) -> bool:
+    """Whether a later attempt has begun, so that this one must touch nothing more.
+
+    Slurm requeues a job whose node it cannot reach; the processes there may well live on.
+    """
+    return bool(entry) and attempt_path(run_folder, entry["attempt"] + 1).exists()
+
+
+def cancel_marker(run_folder: Path) -> Path:
+    """The file by which `crystal cancel` says that a run shall not go on; the next submission removes it."""
+    return run_folder / "attempts" / ".cancelled"
+
+
 def attempt_path(run_folder: Path, attempt: int) -> Path:
     """The file of one attempt."""
     return run_folder / "attempts" / f"{attempt:04d}.json"
+
+
+def _broken(entry: Entry) -> list[str]:
+    try:
+        return slurm.broken_nodes(",".join(sorted(set(entry["nodes"])))) if entry["executor"] == "slurm" else []
+    except SlurmError:
+        return []
 
 
 def _is_ours(pid: int, started: float) -> bool:

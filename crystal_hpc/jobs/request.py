@@ -1,16 +1,120 @@
-"""What is asked of the scheduler, as a plain dict: a pure function of run and cluster."""
+"""What is asked of the scheduler, as a plain dict for submitit: a function of run, cluster and link of the chain."""
 
+import math
+import shlex
+import sys
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
-from crystal_hpc.config.schema import Cluster
+from crystal_hpc.config.schema import Cluster, Container, Run
+from crystal_hpc.jobs.chain import Link
+
+# From the exec of a rank on, signals wait until its handlers stand. Older coreutils cannot: there the first
+# milliseconds of a rank stay open, and a job that dies in them is simply started again (`batch`).
+SHIELD = """\
+CRYSTAL_SHIELD='env --block-signal=TERM,USR2'
+$CRYSTAL_SHIELD true 2>/dev/null || CRYSTAL_SHIELD=env"""
+NOTHING_TO_DO = 75
 
 
-def executor_parameters(cluster: Cluster) -> dict[str, Any]:
-    """Parameters of submitit's executor."""
+def local_parameters(cluster: Cluster) -> dict[str, Any]:
+    """Parameters of submitit's local executor."""
     return {
         "nodes": 1,
-        "tasks_per_node": cluster.ranks,
+        "tasks_per_node": cluster.ranks_per_node,
         "timeout_min": cluster.time_limit / 60,
         "signal_delay_s": cluster.signal_delay,
         "stderr_to_stdout": True,
     }
+
+
+def slurm_parameters(
+    run: Run, cluster: Cluster, folder: Path, link: Link, dependency: str | None, excluded: Collection[str] = ()
+) -> dict[str, Any]:
+    """Parameters of submitit's Slurm executor for one link; `excluded` nodes are added to the profile's."""
+    slurm = cluster.slurm
+    side = {"stage": slurm.stage, "evaluate": slurm.evaluate}.get(link.kind)
+    ranks = side.ranks if side else cluster.ranks_per_node
+    wants_gpus = slurm.gpus and link.kind != "stage"
+    options = {key.replace("_", "-"): value for key, value in slurm.options.items()}
+    # What submitit has no parameter for; --requeue lets Slurm, too, bring the job back when a node is lost.
+    options |= {"requeue": True, "kill-on-invalid-dep": "yes"}
+    parameters: dict[str, Any] = {
+        "job_name": f"{run.name}.{link.phase}" + (f".{link.kind}" if side else ""),
+        "nodes": 1 if side else cluster.nodes,
+        "ntasks_per_node": ranks,
+        "time": math.ceil((side.time_limit if side else cluster.time_limit) / 60),
+        "signal_delay_s": cluster.signal_delay,
+        "partition": (side.partition if side else None) or slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "exclude": ",".join(sorted({*slurm.exclude, *excluded})) or None,
+        "gpus_per_node": ranks if wants_gpus else None,
+        "cpus_per_task": slurm.cpus_per_rank,
+        "mem": slurm.memory,
+        "exclusive": slurm.exclusive or None,
+        "dependency": dependency,
+        "array_parallelism": 1,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "setup": _setup(cluster, folder, link),
+        "teardown": _teardown(folder, link),
+        # One rank that fails takes the others with it at once; one that ends early, after two minutes.
+        "srun_args": ["--kill-on-bad-exit=1", "--wait=120", *_container_arguments(slurm.container)],
+        "additional_parameters": {key: value for key, value in options.items() if value is not False},
+    }
+    return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
+
+
+def python_command(cluster: Cluster) -> str:
+    """How a rank's Python is started: shell words, signals held back, inside the container if there is one."""
+    container = cluster.slurm.container
+    if container is None:
+        return f"$CRYSTAL_SHIELD {shlex.quote(sys.executable)}"
+    inside = f"$CRYSTAL_SHIELD {shlex.quote(container.python)}"
+    if container.runtime == "pyxis":
+        return inside
+    binds = [word for mount in container.mounts for word in ("--bind", mount)]
+    gpu = ["--nv"] if cluster.slurm.gpus else []
+    return f"{shlex.join(['apptainer', 'exec', *gpu, *binds, container.image])} {inside}"
+
+
+def batch_command(word: str, folder: Path, link: Link) -> str:
+    """The command of the batch script before (`begin`) and after (`end`) the ranks."""
+    words = [sys.executable, "-m", "crystal_hpc.jobs.batch", word, str(folder), "--kind", link.kind]
+    return shlex.join([*words, "--phase", link.phase])
+
+
+def _setup(cluster: Cluster, folder: Path, link: Link) -> list[str]:
+    slurm = cluster.slurm
+    variables = {**slurm.network, **cluster.environment}
+    if slurm.cpus_per_rank:
+        variables["SRUN_CPUS_PER_TASK"] = str(slurm.cpus_per_rank)  # srun no longer takes it over from sbatch
+    return [
+        "# signals are for the ranks: this script lives on, and decides how the job does",
+        "trap : TERM USR2",
+        *(f"module load {shlex.quote(module)}" for module in slurm.modules),
+        *slurm.setup,
+        *(f"export {name}={shlex.quote(value)}" for name, value in sorted(variables.items())),
+        *([f'export CRYSTAL_SCRATCH="{slurm.scratch}"'] if slurm.scratch else []),
+        SHIELD,
+        batch_command("begin", folder, link),
+        f"case $? in 0) ;; {NOTHING_TO_DO}) exit 0 ;; *) exit 1 ;; esac",
+    ]
+
+
+def _teardown(folder: Path, link: Link) -> list[str]:
+    return [
+        "CRYSTAL_STATUS=$?",
+        "trap '' TERM USR2",
+        f'{batch_command("end", folder, link)} --status "$CRYSTAL_STATUS"',
+    ]
+
+
+def _container_arguments(container: Container | None) -> list[str]:
+    if container is None or container.runtime != "pyxis":
+        return []
+    mounts = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts)
+    return [f"--container-image={container.image}", *([f"--container-mounts={mounts}"] if mounts else [])]

@@ -1,6 +1,7 @@
-"""A run seen from its folder: phases, attempts, logs; and the one message a user can send to it, cancel.
+"""A run seen from outside: phases, jobs, attempts, logs; and what a user can tell it, cancel.
 
-Needs neither scheduler nor torch. Attempts whose processes are gone are closed on the way.
+Works from the run folder, and from squeue and scontrol where there is a Slurm; sacct adds how jobs ended, if it
+answers. Attempts whose processes are gone are closed on the way. Needs no torch.
 """
 
 import contextlib
@@ -9,40 +10,103 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from crystal_hpc import files
 from crystal_hpc.config import derive
 from crystal_hpc.config.load import load_run
+from crystal_hpc.config.schema import Run
 from crystal_hpc.config.units import format_count, format_seconds
-from crystal_hpc.errors import RunError
-from crystal_hpc.jobs import journal
+from crystal_hpc.errors import RunError, SlurmError
+from crystal_hpc.jobs import journal, slurm, submitted
+from crystal_hpc.log import log
+
+SHOWN_ATTEMPTS = 12
 
 
 def describe_status(folder: Path) -> str:
-    """Phases and attempts of a run as text. Raises RunError where there is no run."""
+    """Phases, jobs and attempts of a run as text. Raises RunError where there is no run."""
     run = load_run(_run_file(folder))
     journal.settle(folder)
+    attempts = journal.read_attempts(folder)
     last = files.last_line(folder / "metrics.jsonl")
-    tokens = last["tokens"] if last else 0
-    total = derive.total_tokens(run)
-    lines = [f"{run.name}: {tokens / total:.1%} of {format_count(total)} tokens"]
+    lines = [*_phases(run, last), *_jobs(folder), *_attempts(attempts), *_rate(run, attempts, last)]
+    stop = submitted.stopped(folder)
+    if stop:
+        lines.append(f"  stopped: {stop['reason']}; then go on with: crystal resume {folder}")
+    return "\n".join(lines)
+
+
+def describe_runs(runs: Path) -> str:
+    """One line for each run in a folder of runs. Raises RunError if there is none."""
+    found = sorted(path.parent for path in runs.glob("*/run.yaml"))
+    if not found:
+        raise RunError(f"{runs}: no runs there; name a run's folder, or start one with: crystal submit")
+    lines = []
+    for folder in found:
+        run, last = load_run(folder / "run.yaml"), files.last_line(folder / "metrics.jsonl")
+        attempts = journal.read_attempts(folder)
+        state = (attempts[-1]["outcome"] or "running") if attempts else "not begun"
+        state = "stopped" if submitted.stopped(folder) else state
+        share = (last["tokens"] if last else 0) / derive.total_tokens(run)
+        lines.append(f"{str(folder):<40}{share:>7.1%}  {len(attempts):>4} attempts  {state}")
+    return "\n".join(lines)
+
+
+def _phases(run: Run, last: dict[str, Any] | None) -> Iterator[str]:
+    tokens, total = last["tokens"] if last else 0, derive.total_tokens(run)
+    yield f"{run.name}: {tokens / total:.1%} of {format_count(total)} tokens"
     names = [phase.name for phase in run.phases]
     reached = names.index(last["phase"]) if last else 0
     for index, phase in enumerate(run.phases):
         steps = derive.phase_steps(phase)
         done = steps if index < reached else (last["step"] + 1 if last and index == reached else 0)
-        lines.append(f"  {phase.name:<20}{done:>10,} / {steps:,} steps")
-    attempts = journal.read_attempts(folder)
-    for entry in attempts:
+        yield f"  {phase.name:<20}{done:>10,} / {steps:,} steps"
+
+
+def _jobs(folder: Path) -> Iterator[str]:
+    """The jobs of the newest chain that are in the queue, or how they ended if accounting says."""
+    jobs = submitted.read_jobs(folder)
+    if not jobs:
+        return
+    try:
+        queue = submitted.queued(folder)
+    except SlurmError as error:
+        yield f"  jobs unknown: {error}"
+        return
+    ended = slurm.accounted([job["id"] for job in jobs])
+    for job in jobs:
+        mine = [queued for queued in queue if queued.array == job["id"]]
+        title = f"  job {job['id']:<8}{job['kind']:<9}{job['phase']:<16}"
+        working = [queued for queued in mine if queued.state in slurm.AT_WORK]
+        for one in working:
+            yield f"{title}{one.job} {one.state.lower()} on {one.nodes or 'no node'} since {one.start}"
+        waiting = [queued for queued in mine if queued.state in slurm.WAITING]
+        if waiting:
+            many = f"{len(waiting)} slices " if len(waiting) > 1 else ""
+            yield f"{title}{many}{waiting[0].state.lower()} ({waiting[0].reason})"
+        if not mine and (states := [state for name, state in ended.items() if name.partition("_")[0] == job["id"]]):
+            yield f"{title}{states[-1].lower()}"
+
+
+def _attempts(attempts: list[journal.Entry]) -> Iterator[str]:
+    if len(attempts) > SHOWN_ATTEMPTS:
+        yield f"  ... {len(attempts) - SHOWN_ATTEMPTS} attempts before these"
+    for entry in attempts[-SHOWN_ATTEMPTS:]:
         length = format_seconds((entry["ended"] or time.time()) - entry["started"])
         outcome = entry["outcome"] or "running"
-        lines.append(f"  attempt {entry['attempt']:<4}{outcome:<14}{length:>12}  {entry['reason'] or ''}".rstrip())
-    if attempts and attempts[-1]["outcome"] is None and last and last["attempt"] == attempts[-1]["attempt"]:
-        phase = run.phases[reached]
-        left = (total - tokens) / derive.tokens_per_step(phase) * last["seconds"]
-        rate = derive.tokens_per_step(phase) / last["seconds"]
-        lines.append(f"  loss {last['loss']:.3f}, {rate:,.0f} tokens/s, about {format_seconds(left)} left")
-    return "\n".join(lines)
+        yield f"  attempt {entry['attempt']:<4}{outcome:<14}{length:>12}  {entry['reason'] or ''}".rstrip()
+
+
+def _rate(run: Run, attempts: list[journal.Entry], last: dict[str, Any] | None) -> Iterator[str]:
+    """Loss, rate and time left, while an attempt runs that has taken a step."""
+    if not (attempts and attempts[-1]["outcome"] is None and last and last["attempt"] == attempts[-1]["attempt"]):
+        return
+    phase = next(phase for phase in run.phases if phase.name == last["phase"])
+    rate = derive.tokens_per_step(phase) / last["seconds"]
+    left = (derive.total_tokens(run) - last["tokens"]) / rate
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))
+    yield f"  loss {last['loss']:.3f}, {rate:,.0f} tokens/s, about {format_seconds(left)} left without a break ({at})"
 
 
 def log_lines(folder: Path, rank: int, count: int, follow: bool) -> Iterator[str]:
@@ -62,18 +126,47 @@ def log_lines(folder: Path, rank: int, count: int, follow: bool) -> Iterator[str
 
 
 def cancel(folder: Path) -> str:
-    """Sends SIGTERM to the ranks of a running job, which save and leave; returns what to tell the user."""
+    """Takes what waits of a run out of the queue, and tells the ranks that run to save and leave.
+
+    Returns what to tell the user. Nothing of the run goes on by itself until it is submitted again.
+    """
     _run_file(folder)
     journal.settle(folder)
     running = [entry for entry in journal.read_attempts(folder) if entry["outcome"] is None]
-    if not running:
+    files.make_folder(folder / "attempts")
+    files.write_file(journal.cancel_marker(folder), "")  # first: a job that begins just now sees it
+    told = _cancel_queued(folder) if (folder / "jobs.json").exists() else []
+    for entry in running:
+        if entry["executor"] == "slurm" and entry["job"] not in told:
+            told += _tell(entry["job"])
+        for pid in entry["pids"].values() if entry["executor"] == "local" else ():
+            told.append(entry["job"])
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(pid, signal.SIGTERM)
+    if not told:
         return f"{folder}: no job is running"
-    entry = running[-1]
-    files.write_file(folder / "attempts" / f"{entry['attempt']:04d}.cancel", "")
-    for pid in entry["pids"].values():
-        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-            os.kill(pid, signal.SIGTERM)
-    return f"told job {entry['job']} to save and leave; see: crystal status {folder}"
+    return f"told job {', '.join(dict.fromkeys(told))} to save and leave; see: crystal status {folder}"
+
+
+def _cancel_queued(folder: Path) -> list[str]:
+    """Ids of the jobs that were running, and have been told; those that waited are gone."""
+    queue = submitted.queued(folder)
+    slurm.cancel({job.array for job in queue if job.state in slurm.WAITING}, waiting_only=True)
+    told = []
+    for job in queue:
+        if job.state in slurm.AT_WORK:
+            told += _tell(job.job)
+    return told
+
+
+def _tell(job: str) -> list[str]:
+    """SIGTERM to the ranks alone: unlike a plain scancel, it gives them all the time they need to save."""
+    try:
+        slurm.tell(job, "TERM")
+    except SlurmError as error:
+        log.warning("%s", error)
+        return []
+    return [job]
 
 
 def _run_file(folder: Path) -> Path:

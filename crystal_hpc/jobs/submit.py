@@ -1,7 +1,7 @@
-"""From a run and a cluster to a started job: checks everything that can be checked, freezes the run folder, submits.
+"""From a run and a cluster to started jobs: checks everything that can be checked, freezes the run folder, submits.
 
-`prepare` makes (or recognises) the run folder, `start` hands the job to submitit, `follow` watches it. All three leave
-a folder that the same command picks up again.
+`prepare` makes (or recognises) the run folder, `start` hands the jobs to submitit, `follow` watches a local one. All
+three leave a folder that the same command picks up again.
 """
 
 import contextlib
@@ -14,70 +14,116 @@ from typing import Any
 
 from crystal_hpc import files
 from crystal_hpc.config import derive
-from crystal_hpc.config.load import check_layout, dump_yaml, load_run
+from crystal_hpc.config.load import check_layout, dump_yaml, load_cluster, load_run
 from crystal_hpc.config.schema import Cluster, Run
 from crystal_hpc.data.sources import Sources, read_sources
-from crystal_hpc.errors import RunError
-from crystal_hpc.jobs import journal
-from crystal_hpc.jobs.request import executor_parameters
+from crystal_hpc.errors import RunError, SlurmError
+from crystal_hpc.jobs import chain, journal, queueing, submitted
+from crystal_hpc.jobs.launch import read_cluster
+from crystal_hpc.jobs.request import local_parameters
 from crystal_hpc.report.plan import make_plan
 from crystal_hpc.train.preemption import held_back
 
 Event = Callable[[str], None]
-# submitit stops requeueing after 3 timeouts by default, and takes preemption for one; how long to go on is not its say.
-MANY = 10**6
 SECONDS_BETWEEN_LINES = 3.0
 
 
-def prepare(run: Run, cluster: Cluster, runs: Path) -> Path:
-    """The run's folder, with run.yaml and plan.json in it. Raises CrystalError if the run cannot work here.
+def submit(run: Run, cluster: Cluster, runs: Path | str = "runs") -> list[Any]:
+    """Starts a run, or takes it up where it stopped; returns submitit's jobs, none if the run is finished.
 
-    A folder that exists is taken up again if it holds the same run; the parallel layout may differ.
+    On Slurm these are the jobs of the chain in order, each slice of an array one job. Raises CrystalError.
     """
-    check_layout(run, cluster)
+    folder = prepare(run, cluster, Path(runs))
+    return [] if is_finished(folder) else start(folder, cluster)
+
+
+def prepare(run: Run, cluster: Cluster | None, runs: Path) -> Path:
+    """The run's folder, with run.yaml, plan.json and cluster.yaml. Raises CrystalError if the run cannot work here.
+
+    A folder that exists is taken up again if it holds the same run; the parallel layout may differ. Without a cluster
+    (a script submitted by hand) the ranks that the job turns out to have must fit.
+    """
+    folder = (runs / run.name).resolve()
+    if cluster:
+        check_layout(run, cluster)
+        if cluster.executor == "slurm":
+            queueing.check_path(folder)
     run = _absolute(run)
     sources = read_sources(run)
-    folder = (runs / run.name).resolve()
     if (folder / "run.yaml").exists():
         _refuse_another(folder, run, sources)
-        _refuse_running(folder)
+        if cluster:
+            _refuse_running(folder)
     for part in ("attempts", "logs", "checkpoints"):
         files.make_folder(folder / part)
     if not (folder / "plan.json").exists():
         files.write_json(folder / "plan.json", make_plan(run, sources))
     files.write_file(folder / "run.yaml", dump_yaml(run))
+    if cluster:
+        files.write_file(folder / "cluster.yaml", dump_yaml(cluster))
     return folder
 
 
 def is_finished(folder: Path) -> bool:
     """Whether the run in a prepared folder has nothing left to do."""
-    return any(entry["outcome"] == "finished" for entry in journal.read_attempts(folder))
+    run, cluster = load_run(folder / "run.yaml"), read_cluster(folder)
+    done = chain.done_links(folder, run, cluster)
+    kinds: tuple[chain.Kind, ...] = ("train", "evaluate")
+    return all((kind, phase.name) in done for kind in kinds for phase in run.phases)
 
 
-def start(folder: Path, cluster: Cluster) -> Any:
-    """Submits the training job of a prepared run; returns submitit's job. It outlives this process."""
+def start(folder: Path, cluster: Cluster) -> list[Any]:
+    """Submits what is left of a prepared run; returns submitit's jobs. They outlive this process."""
+    with files.locked(folder / ".submitting", f"{folder}: is being submitted by another command just now"):
+        submitted.clear(folder)
+        return [_start_here(folder, cluster)] if cluster.executor == "local" else queueing.start_chain(folder, cluster)
+
+
+def _start_here(folder: Path, cluster: Cluster) -> Any:
     import submitit
 
+    from crystal_hpc.jobs.executor import MANY
     from crystal_hpc.jobs.task import TrainTask
 
     executor = submitit.LocalExecutor(folder / "logs", max_num_timeout=MANY)
-    executor.update_parameters(**executor_parameters(cluster))
+    executor.update_parameters(**local_parameters(cluster))
     # Held back from the first instruction of every rank on, through submitit's controller and its requeues. The
     # controller itself never lets them in: signals are for the ranks (`crystal cancel`).
     with _detached(), held_back(), _environment(cluster.environment), files.disk_errors(folder):
         return executor.submit(TrainTask(folder))
 
 
-def follow(folder: Path, job: Any, since: int, on_line: Event) -> journal.Entry | None:
-    """Watches a job until it is over, telling each new step, and each attempt after the first `since` ones.
+def dry_run(run: Run, cluster: Cluster, runs: Path) -> Iterator[tuple[str, str]]:
+    """Title and text of each batch script that `submit` would queue. Raises CrystalError as it would."""
+    if cluster.executor == "local":
+        raise RunError(f"cluster {cluster.name}: --dry-run shows Slurm's scripts, and this profile is local")
+    folder = (runs / run.name).resolve()
+    check_layout(run, cluster)
+    queueing.check_path(folder)
+    for link, script in queueing.scripts(folder, _absolute(run), cluster):
+        yield f"{link.kind} {link.phase}", script
 
-    Returns the last attempt, None if none was ever recorded.
+
+def reopen(folder: Path, cluster_file: Path | None) -> tuple[Path, Cluster]:
+    """A run that began before, prepared to go on, and its cluster: that of last time if none is named."""
+    if not (folder / "run.yaml").exists():
+        raise RunError(f"{folder}: not a run folder (it has no run.yaml); runs are made by: crystal submit")
+    cluster = load_cluster(cluster_file) if cluster_file else read_cluster(folder)
+    if cluster is None:
+        raise RunError(f"{folder}: was started by hand and knows no cluster; name one with --cluster")
+    return prepare(load_run(folder / "run.yaml"), cluster, folder.resolve().parent), cluster
+
+
+def follow(folder: Path, jobs: list[Any], since: int, on_line: Event) -> bool:
+    """Watches jobs until they are over, telling each new step, and each attempt after the first `since` ones.
+
+    Returns whether the run is finished.
     """
     run = load_run(folder / "run.yaml")
     told_step = files.last_line(folder / "metrics.jsonl")
     told_at, shown = 0.0, dict[int, str]()
     while True:
-        over = job.done()
+        over = _are_over(folder, jobs)
         for entry in journal.read_attempts(folder)[since:]:
             said = _describe(entry)
             if shown.get(entry["attempt"]) != said:
@@ -89,8 +135,15 @@ def follow(folder: Path, job: Any, since: int, on_line: Event) -> journal.Entry 
             on_line(_progress(run, step))
         if over:
             journal.settle(folder)
-            return next(reversed(journal.read_attempts(folder)[since:]), None)
-        time.sleep(0.5)
+            return is_finished(folder)
+        time.sleep(0.5 if len(jobs) == 1 else 2)
+
+
+def _are_over(folder: Path, jobs: list[Any]) -> bool:
+    """A local job knows; of Slurm's, the queue does, not submitit, which would ask accounting."""
+    if (folder / "jobs.json").exists():
+        return not submitted.queued(folder)
+    return all(job.done() for job in jobs)
 
 
 def _describe(entry: journal.Entry) -> str:
@@ -158,10 +211,12 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
 
 def _refuse_running(folder: Path) -> None:
     journal.settle(folder)
-    running = [entry for entry in journal.read_attempts(folder) if entry["outcome"] is None]
+    running = [entry["job"] for entry in journal.read_attempts(folder) if entry["outcome"] is None]
+    with contextlib.suppress(SlurmError):
+        running += sorted({job.array for job in submitted.queued(folder)})
     if running:
         raise RunError(
-            f"{folder}: job {running[-1]['job']} is at work on this run; watch it with: crystal status {folder}"
+            f"{folder}: job {running[0]} is at work on this run, or queued; watch it with: crystal status {folder}"
         )
 
 

@@ -16,6 +16,9 @@ from crystal_hpc.data.catalog import StoreInfo
 from crystal_hpc.data.sources import Sources, read_sources
 from crystal_hpc.data.store import TokenStore
 from crystal_hpc.errors import StoreError
+from crystal_hpc.jobs import rendezvous
+from crystal_hpc.jobs.launch import read_cluster
+from crystal_hpc.jobs.place import Place
 from crystal_hpc.model import backend, parallel
 from crystal_hpc.train import loop
 from crystal_hpc.train.metrics import Metrics
@@ -35,9 +38,21 @@ class Session:
     sources: Sources
     layout: parallel.Layout
     backend: str
+    evaluated_elsewhere: bool = False
+    """Whether a job of its own computes the held-out losses."""
 
-    def job(self, flag: StopFlag, attempt: int, listener: Listener) -> loop.Job:
-        """Model, stores and metrics, ready for `loop.train`. The listener hears events, positions and redone steps."""
+    def job(
+        self,
+        flag: StopFlag,
+        attempt: int,
+        listener: Listener,
+        beat: Callable[..., None] = lambda _doing, step=False: None,
+        until: str | None = None,
+    ) -> loop.Job:
+        """Model, stores and metrics, ready for `loop.train`. The listener hears events, positions and redone steps.
+
+        `beat` hears signs of life (`train.watchdog`); `until` names the last phase to train, None for all.
+        """
         metrics = Metrics(self.folder, self.layout.comm.rank, attempt)
         before = files.last_line(self.folder / "metrics.jsonl")
 
@@ -53,6 +68,9 @@ class Session:
             held_out=_open(self.sources.held_out),
             metrics=metrics,
             on_event=on_event,
+            beat=beat,
+            last_phase=[phase.name for phase in self.run.phases].index(until) if until else None,
+            evaluates=not self.evaluated_elsewhere,
         )
 
     def stop(self) -> None:
@@ -60,13 +78,17 @@ class Session:
         parallel.stop()
 
 
-def start(folder: Path, rank: int, ranks: int, local_rank: int, init_method: str) -> Session:
+def start(folder: Path, place: Place) -> Session:
     """Joins the job's ranks. Raises CrystalError where the run folder, stores or machine do not fit."""
     run = load_run(folder / "run.yaml")
     sources = read_sources(run)
     check_unchanged(sources, files.read_json(folder / "plan.json"))
-    layout = parallel.start(run, rank, ranks, local_rank, init_method)
-    return Session(run, folder, sources, layout, "cuda" if backend.device().type == "cuda" else "cpu-rig")
+    meeting = rendezvous.meet(folder / "attempts", place)
+    layout = parallel.start(run, place.rank, place.ranks, place.local_rank, meeting)
+    cluster = read_cluster(folder)
+    elsewhere = cluster is not None and cluster.executor == "slurm" and cluster.slurm.evaluate is not None
+    kind = "cuda" if backend.device().type == "cuda" else "cpu-rig"
+    return Session(run, folder, sources, layout, kind, elsewhere)
 
 
 def check_unchanged(sources: Sources, plan: dict[str, Any]) -> None:

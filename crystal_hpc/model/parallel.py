@@ -5,9 +5,11 @@ Wraps torch.distributed and Megatron's `parallel_state` so that the rest of the 
 
 import datetime
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, Store
 
 from crystal_hpc.comm import TorchComm
 from crystal_hpc.config.schema import Run
@@ -31,16 +33,16 @@ class Layout:
     last_stage: bool
 
 
-def start(run: Run, rank: int, size: int, local_rank: int, init_method: str) -> Layout:
-    """Joins the job's ranks into Megatron's groups. `init_method` is a torch.distributed URL all ranks share."""
+def start(run: Run, rank: int, size: int, local_rank: int, meeting: Store | Path) -> Layout:
+    """Joins the job's ranks into Megatron's groups: through a store that they share, or a file for a new one."""
     backend.choose_backend()
     if backend.device().type == "cuda":
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())  # a task may see its own GPU alone
     else:
         torch.set_num_threads(1)  # the ranks share this machine's cores; one thread also keeps sums in one order
     dist.init_process_group(
         backend.collective_backend(),
-        init_method=init_method,
+        store=FileStore(str(meeting), size) if isinstance(meeting, Path) else meeting,
         rank=rank,
         world_size=size,
         timeout=datetime.timedelta(minutes=10),

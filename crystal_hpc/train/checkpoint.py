@@ -94,6 +94,17 @@ def load_latest(trainer: Trainer, run_folder: Path) -> Position:
     return found.position  # type: ignore[no-any-return]
 
 
+def load_model(trainer: Trainer, run_folder: Path, position: Position) -> None:
+    """Loads the weights, and nothing else, of the generation at a position. A collective call.
+
+    Raises CheckpointError if there is none.
+    """
+    folder = generation_folder(run_folder, trainer.run, position)
+    if not trainer.layout.comm.broadcast((folder / MANIFEST).exists()):
+        raise CheckpointError(f"{folder}: no complete checkpoint there")
+    torch_dist.load_model(trainer, folder)
+
+
 def latest(run_folder: Path, run: Run) -> Generation | None:
     """The generation furthest along, checked for belonging to this run and for missing or shortened files."""
     found = generations(run_folder, run)

@@ -48,7 +48,13 @@ class Job:
     held_out: dict[str, TokenStore]
     metrics: Metrics
     on_event: Callable[[str, Position], None] = lambda _event, _position: None
-    """Told `started` with where it stands, `step` with each step that is done, and `saved`; the journal listens."""
+    """Told `started` with where it stands, `step` after each step, `saving` and `saved`; the journal listens."""
+    beat: Callable[..., None] = lambda _doing, step=False: None
+    """Told what begins now, and whether it is a step; the watchdog listens."""
+    last_phase: int | None = None
+    """The phase with which the job ends; None for the run's last."""
+    evaluates: bool = True
+    """Whether this job computes the held-out losses at the end of a phase."""
 
     @property
     def layout(self) -> Any:
@@ -62,28 +68,28 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How an attempt ended: `Stop.NO` at the end of the run."""
+    """How an attempt ended: `Stop.NO` at the end of the job's last phase."""
 
     stop: Stop
     position: Position
 
 
 def train(job: Job) -> Ended:
-    """Trains until the run is finished or the job is told to stop; durable either way when it returns.
+    """Trains to the end of the job's last phase, or until told to stop; durable either way when it returns.
 
     Raises CrystalError where the state on disk cannot be used, or the loss is no longer a number.
     """
+    job.beat("loading the newest checkpoint")
     position = checkpoint.load_latest(job.trainer, job.folder)
     log.info("starting at phase %s, step %d", job.run.phases[position.phase].name, position.step)
     job.on_event("started", position)
     orders = run_orders(job.run, {name: store.tokens for name, store in job.sources.items()})
+    last_phase = len(job.run.phases) - 1 if job.last_phase is None else job.last_phase
     while True:
         stop, position = train_phase(job, orders[position.phase], position)
-        if stop is Stop.NO:
-            losses = evaluate_phase(job.trainer, job.folder, job.held_out, position, lambda: bool(job.stop_agreed()))
-            job.metrics.held_out(_total_steps(job.run, position), losses)
-            stop = job.stop_agreed()
-        if stop is not Stop.NO or position.phase + 1 == len(job.run.phases):
+        if stop is Stop.NO and job.evaluates:
+            stop = _evaluate(job, position)
+        if stop is not Stop.NO or position.phase >= last_phase:
             return Ended(stop, position)
         position = position.next_phase()
 
@@ -100,6 +106,7 @@ def train_phase(job: Job, order: PhaseOrder, position: Position) -> tuple[Stop, 
     )
     stop = job.stop_agreed()  # set-up is long; a signal during it ends the attempt before its first step
     while position.step < steps and stop is Stop.NO:
+        job.beat(f"step {position.step} of phase {phase.name}", step=True)
         started = time.perf_counter()
         batch = batches.step(position.step)
         waited = time.perf_counter() - started
@@ -154,11 +161,24 @@ def _record(job: Job, position: Position, result: StepResult, rate: float, secon
     )
 
 
+def _evaluate(job: Job, position: Position) -> Stop:
+    def should_stop() -> bool:
+        job.beat("evaluating")
+        return bool(job.stop_agreed())
+
+    losses = evaluate_phase(job.trainer, job.folder, job.held_out, position, should_stop)
+    job.metrics.held_out(_total_steps(job.run, position), losses)
+    return job.stop_agreed()
+
+
 def _save(job: Job, position: Position, why: str) -> None:
+    job.beat(f"saving step {position.step}")
+    job.on_event("saving", position)
     started = time.perf_counter()
     checkpoint.save(job.trainer, job.folder, position, why)
     log.info("saved step %d (%s) in %.2f s", position.step, why, time.perf_counter() - started)
     job.on_event("saved", position)
+    job.beat("going on after a save")
 
 
 def _total_steps(run: Run, position: Position) -> int:

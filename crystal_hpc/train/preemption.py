@@ -32,17 +32,26 @@ class StopFlag:
     """What this rank was told, and when."""
 
     def __init__(self) -> None:
-        self.stop = Stop.NO
+        self.told = Stop.NO
         self.signal: str | None = None
         self.time: float | None = None
+        self.deadline: float | None = None
+        """When (Unix time) to stop though no signal has come: one can be lost before the ranks exist."""
+
+    @property
+    def stop(self) -> Stop:
+        """Why to stop, as things stand now."""
+        if self.told is Stop.NO and self.deadline is not None and time.time() > self.deadline:
+            self.told, self.signal, self.time = Stop.TIME_LIMIT, "deadline", time.time()
+        return self.told
 
     def set(self, number: int, _frame: FrameType | None = None) -> None:
         """The signal handler."""
         if self.time is None:
             self.time = time.time()
         told = SIGNALS[signal.Signals(number)]
-        if told > self.stop:
-            self.stop, self.signal = told, signal.Signals(number).name
+        if told > self.told:
+            self.told, self.signal = told, signal.Signals(number).name
 
 
 @contextlib.contextmanager

@@ -64,6 +64,15 @@ def load(trainer: Trainer, folder: Path) -> None:
     optim.restore_step_counts(trainer.optimizer)
 
 
+@torch.no_grad()
+def load_model(trainer: Trainer, folder: Path) -> None:
+    """Reads the weights alone, into whatever layout; a collective call."""
+    inner = module(trainer)
+    with backend.quiet():
+        loaded = dist_checkpointing.load({"model": _model_state(inner)}, str(folder))
+    inner.load_state_dict(loaded["model"])
+
+
 def module(trainer: Trainer) -> torch.nn.Module:
     """The model itself, out of Megatron's data-parallel and precision wrappers."""
     inner: Any = trainer.model
@@ -73,15 +82,21 @@ def module(trainer: Trainer) -> torch.nn.Module:
 
 
 def _state(trainer: Trainer, loading: bool) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "dp_reshardable",
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "chained_optim_avoid_prefix": True,
-    }
-    inner: Any = module(trainer)
-    model = inner.sharded_state_dict(metadata=metadata)
+    model = _model_state(module(trainer))
     optimizer: Any = trainer.optimizer
     return {
         "model": model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
+        "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata()),
+    }
+
+
+def _model_state(inner: Any) -> Any:
+    return inner.sharded_state_dict(metadata=_metadata())
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "dp_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "chained_optim_avoid_prefix": True,
     }

@@ -69,8 +69,9 @@ EnforcePartLimits=NO
 # More cores than the machine has: nodes here share it.
 SlurmdParameters=config_overrides
 {nodes}
-PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE State=UP
+PartitionName=normal Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
+PartitionName=urgent PriorityTier=10 PreemptMode=OFF
 """
 
 SLURMDBD_CONF = """\

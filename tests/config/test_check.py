@@ -112,10 +112,14 @@ def test_all_problems_are_found_at_once() -> None:
     assert len(found) == 7
 
 
-def layout(ranks: int, time_limit: str = "1h", **parallel: int) -> list[str]:
+def cluster(**more: Any) -> Cluster:
+    minimal = {"name": "c", "executor": "local", "ranks_per_node": 1, "time_limit": "1h"}
+    return Cluster.model_validate(minimal | more)
+
+
+def layout(ranks: int, **parallel: int) -> list[str]:
     run = Run.model_validate(RUN | {"parallel": {"micro_batch": 2} | parallel})
-    cluster = Cluster.model_validate({"name": "c", "executor": "local", "ranks": ranks, "time_limit": time_limit})
-    return list(check.layout_problems(run, cluster))
+    return list(check.layout_problems(run, cluster(ranks_per_node=ranks)))
 
 
 def test_a_layout_must_fit_the_clusters_ranks() -> None:
@@ -130,7 +134,15 @@ def test_the_batch_must_be_shared_evenly_by_the_data_parallel_ranks() -> None:
     assert layout(8) == ["phases.0.batch_size: 8 is not a multiple of micro_batch x data-parallel ranks = 16"]
 
 
-def test_a_signal_before_the_start_is_refused_whatever_else_is_wrong() -> None:
-    late = "signal_delay: 90s leaves nothing of the time limit of 60s"
-    assert layout(4, "1min") == [late]
-    assert late in layout(6, "1min", tensor=4)
+def test_a_cluster_profile_is_refused_for_what_cannot_work_on_any_run() -> None:
+    def problems(**more: Any) -> list[str]:
+        return list(check.cluster_problems(cluster(**more)))
+
+    assert problems() == problems(executor="slurm", nodes=4) == []
+    assert problems(time_limit="1min") == ["signal_delay: 90s leaves nothing of the time limit of 60s"]
+    assert problems(nodes=2) == ["nodes: 2; the local executor has this machine alone: make it 1, or executor: slurm"]
+    assert problems(slurm={"partition": "gpu"}) == ["slurm: is for executor: slurm; this profile says local"]
+    assert problems(executor="slurm", slurm={"options": {"job_name": "x", "reservation": "night"}}) == [
+        "slurm.options.job-name: crystal sets this one itself"
+    ]
+    assert problems(environment={"A B": "1"}) == ["environment.A B: not a name of an environment variable"]

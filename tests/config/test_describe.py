@@ -64,5 +64,5 @@ def test_the_schema_accepts_the_same_units_as_the_loader(text: str) -> None:
 
 def test_a_default_is_one_that_the_loader_accepts() -> None:
     default = dict(fields(json_schema(Cluster)))["Cluster.signal_delay"]["default"]
-    cluster = {"name": "c", "executor": "local", "ranks": 1, "time_limit": "1h"}
+    cluster = {"name": "c", "executor": "local", "ranks_per_node": 1, "time_limit": "1h"}
     assert Cluster.model_validate(cluster | {"signal_delay": default}) == Cluster.model_validate(cluster)

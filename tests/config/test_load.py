@@ -257,7 +257,7 @@ def test_a_dumped_run_is_read_back_as_it_was(
 
 def test_a_run_that_does_not_fit_a_cluster_names_both(write: Write, tmp_path: Path) -> None:
     run = load_run(write(TEXT), ["parallel.tensor=4"])
-    (tmp_path / "cluster.yaml").write_text("name: small\nexecutor: local\nranks: 6\ntime_limit: 30min\n")
+    (tmp_path / "cluster.yaml").write_text("name: small\nexecutor: local\nranks_per_node: 6\ntime_limit: 30min\n")
     cluster = load_cluster(tmp_path / "cluster.yaml")
     assert cluster.time_limit == 1800
     with pytest.raises(ConfigError, match="run tiny on small: parallel: tensor x pipeline = 4 does not divide the 6"):
@@ -266,4 +266,4 @@ def test_a_run_that_does_not_fit_a_cluster_names_both(write: Write, tmp_path: Pa
 
 def test_a_duration_without_a_unit_is_refused(write: Write) -> None:
     with pytest.raises(ConfigError, match="line 4: time_limit: 30 is not a duration; write for example 90s"):
-        load_cluster(write("name: small\nexecutor: local\nranks: 6\ntime_limit: 30\n"))
+        load_cluster(write("name: small\nexecutor: local\nranks_per_node: 6\ntime_limit: 30\n"))

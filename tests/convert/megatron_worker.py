@@ -33,7 +33,7 @@ STEP = Position(0, 3)
 
 def save(name: str, rank: int, folder: Path) -> None:
     run = load_run(folder / "run.yaml", LAYOUTS[name])
-    layout = parallel.start(run, rank, 2, rank, f"file://{folder}/{name}.store")
+    layout = parallel.start(run, rank, 2, rank, folder / f"{name}.store")
     trainer = step.build_trainer(run, layout)
     # One step, so that the optimizer has state of its own to save beside the weights.
     step.train_step(trainer, StepBatch(torch.arange(2 * 2 * 49).reshape(2, 2, 49) % 125, 0), 1e-3, [])

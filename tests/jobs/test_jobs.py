@@ -120,7 +120,7 @@ def test_a_signal_before_the_imports_are_done_is_neither_lost_nor_fatal(
     started: Callable[[], tuple[Path, Any]],
 ) -> None:
     folder, job = started()
-    controller = psutil.Process(int(job.job_id))
+    controller = psutil.Process(int(job[0].job_id))
     ranks = wait_for(lambda: controller.children() if len(controller.children()) == 2 else None, "two ranks")
     # At once: Python itself is still starting, torch and Megatron take seconds more.
     for rank in ranks:

@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 
 from crystal_hpc.jobs import journal
+from crystal_hpc.jobs.place import Place
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "attempts").mkdir()
     return tmp_path
+
+
+def place(job: str, rank: int = 0, ranks: int = 1) -> Place:
+    return Place("local", job, 0, rank, ranks, rank, None, "127.0.0.1")
 
 
 def gone() -> int:
@@ -25,9 +30,9 @@ def gone() -> int:
 
 
 def test_attempts_are_numbered_from_one_and_say_where_they_ran(folder: Path) -> None:
-    first = journal.open_attempt(folder, "7", "local", ranks=2)
+    first = journal.open_attempt(folder, place("7", ranks=2), None)
     journal.close(folder, first, "preempted", "told to leave")
-    second = journal.open_attempt(folder, "8", "local", ranks=2)
+    second = journal.open_attempt(folder, place("8", ranks=2), None)
     read = journal.read_attempts(folder)
     assert [(entry["attempt"], entry["job"], entry["outcome"]) for entry in read] == [
         (1, "7", "preempted"),
@@ -37,7 +42,7 @@ def test_attempts_are_numbered_from_one_and_say_where_they_ran(folder: Path) -> 
 
 
 def test_an_attempt_whose_process_is_gone_is_closed_as_a_node_failure(folder: Path) -> None:
-    entry = journal.open_attempt(folder, "7", "local", ranks=1)
+    entry = journal.open_attempt(folder, place("7"), None)
     journal.update(folder, entry, pids={"0": gone()})
     journal.settle(folder)
     (settled,) = journal.read_attempts(folder)
@@ -45,16 +50,16 @@ def test_an_attempt_whose_process_is_gone_is_closed_as_a_node_failure(folder: Pa
 
 
 def test_an_attempt_that_runs_is_left_open(folder: Path) -> None:
-    journal.open_attempt(folder, "7", "local", ranks=1)
+    journal.open_attempt(folder, place("7"), None)
     journal.settle(folder)
     assert journal.read_attempts(folder)[0]["outcome"] is None
 
 
 def test_the_rank_that_failed_first_gives_the_cause(folder: Path) -> None:
-    entry = journal.open_attempt(folder, "7", "local", ranks=3)
-    journal.note_error(folder, 1, rank=2, outcome="out_of_memory", reason="no memory")
+    entry = journal.open_attempt(folder, place("7", ranks=3), None)
+    journal.note_error(folder, place("7", 2), "out_of_memory", "no memory")
     time.sleep(0.01)
-    journal.note_error(folder, 1, rank=0, outcome="code_error", reason="connection lost")
+    journal.note_error(folder, place("7"), "code_error", "connection lost")
     journal.update(folder, entry, pids={"0": gone()})
     journal.settle(folder)
     (settled,) = journal.read_attempts(folder)
@@ -62,7 +67,7 @@ def test_the_rank_that_failed_first_gives_the_cause(folder: Path) -> None:
 
 
 def test_a_new_attempt_settles_the_one_before(folder: Path) -> None:
-    entry = journal.open_attempt(folder, "7", "local", ranks=1)
+    entry = journal.open_attempt(folder, place("7"), None)
     journal.update(folder, entry, pids={"0": gone()})
-    journal.open_attempt(folder, "8", "local", ranks=1)
+    journal.open_attempt(folder, place("8"), None)
     assert [entry["outcome"] for entry in journal.read_attempts(folder)] == ["node_failure", None]

@@ -232,17 +232,17 @@ KNOWN = [-0.492223, 0.861901, -0.335316, -0.829591, 1.401914]
 def work(rank: int, folder: Path) -> None:
     """What one of the two ranks does."""
     for name, overrides in LAYOUTS.items():
-        result = build(load_run(folder / "run.yaml", overrides), rank, f"file://{folder}/{name}.store")
+        result = build(load_run(folder / "run.yaml", overrides), rank, folder / f"{name}.store")
         torch.save(result, folder / f"{name}-{rank}.pt")
 
 
-def build(run: Run, rank: int, init_method: str) -> Rank:
+def build(run: Run, rank: int, meeting: Path) -> Rank:
     """This rank's part of the model and of the optimizer."""
     from crystal_hpc.model import parallel
     from crystal_hpc.model.names import global_name
     from crystal_hpc.train import optim, step, torch_dist
 
-    layout = parallel.start(run, rank, 2, rank, init_method)
+    layout = parallel.start(run, rank, 2, rank, meeting)
     trainer = step.build_trainer(run, layout)
     module: Any = torch_dist.module(trainer)
     optim.set_learning_rate(trainer.optimizer, RATE, run)

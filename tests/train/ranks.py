@@ -136,7 +136,7 @@ def _train(order: Order, rank: int, size: int) -> Seen | None:
     run = load_run(order.folder / "run.yaml", order.overrides)
     lines_before = sum(1 for _ in files.read_lines(order.folder / "metrics.jsonl"))
     flag = _FlagAtLook(order.signal_at_look if rank == order.signal_rank else None)
-    layout = parallel.start(run, rank, size, rank, f"file://{order.folder}/{order.meeting}")
+    layout = parallel.start(run, rank, size, rank, order.folder / order.meeting)
     session = training.Session(run, order.folder, training.read_sources(run), layout, "cpu-rig")
     job = session.job(flag, 1, lambda *_: None)
     ended = loop.train(job)
