@@ -311,6 +311,49 @@ def demo(fresh: bool) -> None:
     run_demo(fresh)
 
 
+@main.command()
+@click.option("--cluster", type=click.Path(path_type=Path), help="Cluster file; without it, the cluster as such.")
+@click.option("--nodes", is_flag=True, help="Look at the nodes too, by a short job of the profile's size.")
+@click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Folder of all runs.")
+def doctor(cluster: Path | None, nodes: bool, runs: Path) -> None:
+    """Say which ways of recovery will work on this Slurm, and what to change in the profile."""
+    from crystal_hpc.config.load import load_cluster
+    from crystal_hpc.errors import RunError
+    from crystal_hpc.jobs.doctor import describe, examine
+    from crystal_hpc.jobs.probe import check_nodes
+
+    machine = load_cluster(cluster) if cluster else None
+    if nodes and machine is None:
+        raise RunError("--nodes needs a profile: name one with --cluster")
+    findings = examine(machine)
+    if machine and nodes:
+        findings += check_nodes(machine, runs.resolve())
+    click.echo(describe(findings))
+    sys.exit(1 if any(finding.verdict == "bad" for finding in findings) else 0)
+
+
+@main.command()
+@click.option("--cluster", required=True, type=click.Path(path_type=Path), help="Cluster file, executor: slurm.")
+@click.option("--faults", help="Which ones, with commas between; default: all that the cluster allows.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Decides faults and moments.")
+@click.option("--count", type=int, default=10, show_default=True, help="Faults in all.")
+@click.option("--per-run", type=int, default=4, show_default=True, help="Faults, one after the other, in each run.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default="drill", show_default=True, help="On shared storage."
+)
+@click.option("--devcluster", type=click.Path(path_type=Path), help="Folder of a private cluster, to kill its nodes.")
+def drill(
+    cluster: Path, faults: str | None, seed: int, count: int, per_run: int, folder: Path, devcluster: Path | None
+) -> None:
+    """Inject faults into a toy run on a cluster, and prove that its weights come out the same, bit for bit."""
+    from crystal_hpc.config.load import load_cluster
+    from crystal_hpc.drill.rounds import drill as run_drill
+
+    names = faults.split(",") if faults else None
+    failed = run_drill(load_cluster(cluster), folder.resolve(), names, seed, count, per_run, devcluster, click.echo)
+    sys.exit(1 if failed else 0)
+
+
 def run() -> None:
     """The `crystal` program: `main`, made to answer at once (benchmarks/startup.py).
 

@@ -3,6 +3,7 @@
 The files themselves may differ (a save names itself), so the tensors are read: weights, Adam's moments, main weights.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ from crystal_hpc.report.ledger import check_ledger
 def tensor_digests(checkpoint: Path) -> dict[str, str]:
     """Digest by name of everything in a checkpoint, model and optimizer."""
     import torch
-    import torch.distributed.checkpoint as dcp
     import xxhash
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = FileSystemReader(checkpoint)
+    # Zeros: Megatron's flat optimizer buffers have gaps that no rank stores.
     wanted: dict[str, Any] = {
-        key: torch.empty(stored.size, dtype=stored.properties.dtype) if isinstance(stored, TensorStorageMetadata) else 0
+        key: torch.zeros(stored.size, dtype=stored.properties.dtype) if isinstance(stored, TensorStorageMetadata) else 0
         for key, stored in reader.read_metadata().state_dict_metadata.items()
     }
-    dcp.load(wanted, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is a single process: so it is
+        load(wanted, storage_reader=reader, no_dist=True)
     return {key: xxhash.xxh3_128(_bytes(value)).hexdigest() for key, value in sorted(wanted.items())}
 
 
@@ -32,7 +37,9 @@ def differences(run: Path, reference: Path) -> list[str]:
     found = []
     ends = sorted(path.relative_to(reference) for path in reference.glob("checkpoints/*/step_*/manifest.json"))
     common = [path for path in ends if (run / path).exists()]
-    last = [max((path for path in ends if path.parts[1] == phase), default=None) for phase in {p.parts[1] for p in ends}]
+    last = [
+        max((path for path in ends if path.parts[1] == phase), default=None) for phase in {p.parts[1] for p in ends}
+    ]
     found += [f"{path} is missing" for path in last if path not in common]
     for path in common:
         seen, expected = tensor_digests((run / path).parent), tensor_digests((reference / path).parent)
@@ -41,7 +48,10 @@ def differences(run: Path, reference: Path) -> list[str]:
             found.append(f"{path.parent}: {len(changed)} tensors differ, first {changed[:1]}")
     evals = sorted(path.relative_to(reference) for path in reference.glob("evals/*.json"))
     for path in evals:
-        if not (run / path).exists() or files.read_json(run / path)["losses"] != files.read_json(reference / path)["losses"]:
+        if (
+            not (run / path).exists()
+            or files.read_json(run / path)["losses"] != files.read_json(reference / path)["losses"]
+        ):
             found.append(f"{path}: other held-out losses")
     try:
         check_ledger(run)

@@ -107,6 +107,10 @@ NEEDS_RANKS = {"kill-rank", "kill-all", "hang"}
 """Faults that need the ranks' process ids, which the journal has once they have met."""
 
 
+SLOW = {"time-limit"}
+"""Faults that Slurm acts on only every half minute: they need a phase that lasts longer."""
+
+
 def possible(urgent: str | None, devcluster: Path | None) -> list[str]:
     """The faults that this cluster allows."""
     without = {"preempt"} if urgent is None else set()

@@ -15,7 +15,9 @@ from crystal_hpc.data.build import build_store
 from crystal_hpc.data.tokenizer import train_tokenizer
 
 STORES = ("prose", "code", "held-out")
-STEPS = {"prose": 60, "code": 120, "adaptation": 40}
+STEPS = {"prose": 80, "code": 160, "adaptation": 60}
+LONG = 1600
+"""Steps of the second phase where it must outlast Slurm's look at time limits, twice a minute."""
 CHECKPOINT_EVERY = 25
 
 
@@ -34,14 +36,17 @@ def make_data(folder: Path) -> None:
             build_store([folder / f"{name}.jsonl"], folder / name, folder / "tokenizer", fresh=True)
 
 
-def make_run(folder: Path, name: str, cluster: Cluster) -> Run:
+def make_run(folder: Path, name: str, cluster: Cluster, long: bool = False) -> Run:
     """The run on data in a folder, its batch a multiple of what the cluster's ranks share."""
     batch = 2 * cluster.ranks
 
     def phase(number: int, mixture: dict[str, float], **more: Any) -> dict[str, Any]:
         name, steps = list(STEPS.items())[number]
+        every = CHECKPOINT_EVERY
+        if long and number == 1:
+            steps, every = LONG, LONG // 10
         rate = {"peak": 0.01, "warmup_steps": 2, "end": 0.001}
-        shape = {"sequence_length": 16, "batch_size": batch, "steps": steps, "checkpoint_every": CHECKPOINT_EVERY}
+        shape = {"sequence_length": 16, "batch_size": batch, "steps": steps, "checkpoint_every": every}
         return {"name": name, **shape, "mixture": mixture, "learning_rate": rate, **more}
 
     return Run.model_validate(

@@ -49,7 +49,7 @@ class Batch:
             stale.unlink()  # of an earlier start: submitit would take it for this one's
         if self._is_done():
             log.info("%s is done: nothing to do", self.phase or "the run")
-            submitted.drop_waiting(self.folder, self.kind, self.phase)
+            self._drop_slices()
             return NOTHING_TO_DO
         if journal.cancel_marker(self.folder).exists():
             raise RunError(f"{self.folder}: was cancelled; go on with: crystal resume {self.folder}")
@@ -70,7 +70,10 @@ class Batch:
             return self._end_side_job(status)
         self._close(status)
         attempts = journal.read_attempts(self.folder)
-        state = slurm.job_fields(self.id).get("JobState", "UNKNOWN")
+        fields = slurm.job_fields(self.id)
+        state = fields.get("JobState", "UNKNOWN")
+        if state == "COMPLETING" and fields.get("PreemptTime", "None") != "None":
+            state = "RUNNING"  # preempted without a grace time: where Slurm does not requeue it, the job still can
         cancelled = journal.cancel_marker(self.folder).exists()
         verdict = judge(attempts, self._is_done(), state, cancelled)
         log.info("%s: %s", verdict.next.value, verdict.reason)
@@ -78,7 +81,7 @@ class Batch:
 
     def _act(self, verdict: Verdict, attempts: list[journal.Entry]) -> int:
         if verdict.next is Next.DONE:
-            submitted.drop_waiting(self.folder, self.kind, self.phase)
+            self._drop_slices()
             return 0
         if verdict.next is Next.AGAIN:
             return self._again(nodes_to_exclude(attempts))
@@ -88,11 +91,13 @@ class Batch:
 
     def _again(self, excluded: list[str]) -> int:
         """On to the next slice if one waits; else this job goes back to the queue."""
-        waiting = [job for job in submitted.waiting(self.folder, self.kind, self.phase) if job.job != self.job]
+        waiting = self._slices()
         if not waiting:
             try:
                 slurm.requeue(self.id)
             except SlurmError as error:
+                if "pending execution" in str(error):
+                    return 1  # Slurm has requeued it already
                 reason = f"the job cannot go on by itself: {error}; with resume_by: slices it could"
                 submitted.stop(self.folder, reason, except_for=self.id)
                 return 1
@@ -103,6 +108,14 @@ class Batch:
                 with contextlib.suppress(SlurmError):  # it has just started
                     slurm.exclude_nodes(job, everywhere)
         return 0
+
+    def _slices(self) -> list[slurm.QueuedJob]:
+        """What else waits to do what this job does: the next slices, of its own array and of those after it."""
+        arrays = {self.job.partition("_")[0], *submitted.ids(self.folder, self.kind, self.phase)}
+        return [job for job in slurm.queue(arrays) if job.state in slurm.WAITING and job.job != self.job]
+
+    def _drop_slices(self) -> None:
+        slurm.cancel({job.array for job in self._slices()}, waiting_only=True)
 
     def _end_side_job(self, status: int) -> int:
         if self._is_done():
@@ -164,8 +177,8 @@ class Batch:
             journal.close(self.folder, entry, "node_failure", reason, blamed=killed[:1])
         elif note:
             journal.close_by_note(self.folder, entry, note)
-            if note["hang"]:  # the rank that could not even say that it hangs is the one that does
-                journal.update(self.folder, entry, blamed=killed)
+            if note["hang"]:
+                journal.update(self.folder, entry, blamed=journal.silent_nodes(self.folder, entry))
         elif mine:
             journal.close(self.folder, entry, "node_failure", f"the ranks vanished; srun's exit code was {status}")
         elif status == 0 or status > 128:

@@ -108,8 +108,13 @@ def note_error(
 
 def first_error(run_folder: Path, job: str, launch: int) -> Entry | None:
     """The note of the rank that failed first: the cause, as the others fail because of it."""
-    notes = [files.read_json(path) for path in (run_folder / "attempts").glob(f"{job}.{launch}.rank*.error.json")]
-    return min(notes, key=lambda note: note["time"], default=None)
+    return min(_notes(run_folder, job, launch), key=lambda note: note["time"], default=None)
+
+
+def silent_nodes(run_folder: Path, entry: Entry) -> list[str]:
+    """Nodes of the ranks that left no note, where others said that they wait for them: the ones that hang."""
+    said = {note["rank"] for note in _notes(run_folder, entry["job"], entry["launch"])}
+    return sorted({node for rank, node in enumerate(entry["nodes"]) if rank not in said})
 
 
 def close_by_note(run_folder: Path, entry: Entry, note: Entry) -> None:
@@ -164,6 +169,10 @@ def cancel_marker(run_folder: Path) -> Path:
 def attempt_path(run_folder: Path, attempt: int) -> Path:
     """The file of one attempt."""
     return run_folder / "attempts" / f"{attempt:04d}.json"
+
+
+def _notes(run_folder: Path, job: str, launch: int) -> list[Entry]:
+    return [files.read_json(path) for path in (run_folder / "attempts").glob(f"{job}.{launch}.rank*.error.json")]
 
 
 def _broken(entry: Entry) -> list[str]:

@@ -35,8 +35,7 @@ def start_chain(folder: Path, cluster: Cluster) -> list[Any]:
     if not slurm.is_there():
         raise SlurmError("sbatch: not found; submit from a login node, or try --dry-run or executor: local")
     run = load_run(folder / "run.yaml")
-    limits = slurm.configuration()
-    links = make_links(folder, run, cluster, int(limits.get("MaxArraySize", DEFAULT_MAX_ARRAY)))
+    links = make_links(folder, run, cluster, most_elements(slurm.configuration()))
     refuse_short_time(folder, cluster)
     _try_all(folder, run, cluster, links)
     excluded = nodes_to_exclude(journal.read_attempts(folder))
@@ -65,7 +64,7 @@ def scripts(folder: Path, run: Run, cluster: Cluster) -> Iterator[tuple[Link, st
 
     most = DEFAULT_MAX_ARRAY
     with contextlib.suppress(SlurmError):
-        most = int(slurm.configuration().get("MaxArraySize", DEFAULT_MAX_ARRAY))
+        most = most_elements(slurm.configuration())
     links = make_links(folder, run, cluster, most)
     excluded = nodes_to_exclude(journal.read_attempts(folder))
     for link in links:
@@ -75,8 +74,19 @@ def scripts(folder: Path, run: Run, cluster: Cluster) -> Iterator[tuple[Link, st
         yield link, executor.script(link.slices)
 
 
+def most_elements(configuration: dict[str, str]) -> int:
+    """How many elements an array may have on this cluster."""
+    limits = [int(configuration.get("MaxArraySize", DEFAULT_MAX_ARRAY))]
+    limits += [
+        int(found) for found in re.findall(r"max_array_tasks=(\d+)", configuration.get("SchedulerParameters", ""))
+    ]
+    return min(limits)
+
+
 def make_links(folder: Path, run: Run, cluster: Cluster, most_elements: int) -> list[Link]:
-    """What of the chain is left."""
+    """What of the chain is left. Raises ConfigError for slices on a cluster without arrays."""
+    if cluster.slurm.resume_by == "slices" and most_elements < 1:
+        raise ConfigError("slurm.resume_by: slices, but the cluster allows no arrays (MaxArraySize=0); use requeue", "")
     return chain.make_chain(run, cluster, chain.done_links(folder, run, cluster), most_elements)
 
 

@@ -1,6 +1,7 @@
 """What is asked of the scheduler, as a plain dict for submitit: a function of run, cluster and link of the chain."""
 
 import math
+import re
 import shlex
 import sys
 from collections.abc import Collection
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crystal_hpc.config.schema import Cluster, Container, Run
+from crystal_hpc.errors import ConfigError
 from crystal_hpc.jobs.chain import Link
 
 # From the exec of a rank on, signals wait until its handlers stand. Older coreutils cannot: there the first
@@ -32,7 +34,10 @@ def local_parameters(cluster: Cluster) -> dict[str, Any]:
 def slurm_parameters(
     run: Run, cluster: Cluster, folder: Path, link: Link, dependency: str | None, excluded: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Parameters of submitit's Slurm executor for one link; `excluded` nodes are added to the profile's."""
+    """Parameters of submitit's Slurm executor for one link; `excluded` nodes are added to the profile's.
+
+    Raises ConfigError for a value that no line of #SBATCH can hold.
+    """
     slurm = cluster.slurm
     side = {"stage": slurm.stage, "evaluate": slurm.evaluate}.get(link.kind)
     ranks = side.ranks if side else cluster.ranks_per_node
@@ -63,9 +68,10 @@ def slurm_parameters(
         "teardown": _teardown(folder, link),
         # One rank that fails takes the others with it at once; one that ends early, after two minutes.
         "srun_args": ["--kill-on-bad-exit=1", "--wait=120", *_container_arguments(slurm.container)],
-        "additional_parameters": {key: value for key, value in options.items() if value is not False},
+        "additional_parameters": _directives({k: v for k, v in options.items() if v is not False}, cluster),
     }
-    return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
+    given = {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
+    return _directives(given, cluster)
 
 
 def python_command(cluster: Cluster) -> str:
@@ -98,11 +104,28 @@ def _setup(cluster: Cluster, folder: Path, link: Link) -> list[str]:
         *(f"module load {shlex.quote(module)}" for module in slurm.modules),
         *slurm.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(variables.items())),
-        *([f'export CRYSTAL_SCRATCH="{slurm.scratch}"'] if slurm.scratch else []),
+        *([f"export CRYSTAL_SCRATCH={_expanded(slurm.scratch)}"] if slurm.scratch else []),
         SHIELD,
         batch_command("begin", folder, link),
         f"case $? in 0) ;; {NOTHING_TO_DO}) exit 0 ;; *) exit 1 ;; esac",
     ]
+
+
+def _directives(options: dict[str, Any], cluster: Cluster) -> dict[str, Any]:
+    """Options for lines of #SBATCH. submitit quotes values as for a shell; but a line's end would leave the comment
+    and begin a command, and sbatch, unlike a shell, reads \\ between quotes as an escape."""
+    for name, value in options.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+            raise ConfigError(f"slurm.options: {name!r} is no long option of sbatch", f"cluster {cluster.name}")
+        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f]", value):
+            raise ConfigError(f"slurm: {name}: {value!r} has a control character in it", f"cluster {cluster.name}")
+    return {name: value.replace("\\", "\\\\") if isinstance(value, str) else value for name, value in options.items()}
+
+
+def _expanded(path: str) -> str:
+    """A shell word in which $NAME and ${NAME} stand for their values, and all else for itself."""
+    parts = re.findall(r"(\$[A-Za-z_]\w*|\$\{[A-Za-z_]\w*\})|([^$]+|\$)", path, re.ASCII)
+    return "".join(f'"{variable}"' if variable else shlex.quote(literal) for variable, literal in parts)
 
 
 def _teardown(folder: Path, link: Link) -> list[str]:

@@ -32,20 +32,14 @@ def queued(folder: Path) -> list[slurm.QueuedJob]:
     return slurm.queue({job["id"] for job in read_jobs(folder)})
 
 
-def waiting(folder: Path, kind: str, phase: str | None) -> list[slurm.QueuedJob]:
-    """The jobs and slices of one link of the chain that have not begun."""
-    ids = {job["id"] for job in read_jobs(folder) if (job["kind"], job["phase"]) == (kind, phase)}
-    return [job for job in slurm.queue(ids) if job.state in slurm.WAITING]
+def ids(folder: Path, kind: str, phase: str | None) -> set[str]:
+    """Ids of the jobs and arrays that were queued for one link of the chain."""
+    return {job["id"] for job in read_jobs(folder) if (job["kind"], job["phase"]) == (kind, phase)}
 
 
 def waiting_ids(folder: Path) -> set[str]:
     """Ids of all jobs of the run of which something waits."""
     return {job.array for job in queued(folder) if job.state in slurm.WAITING}
-
-
-def drop_waiting(folder: Path, kind: str, phase: str | None) -> None:
-    """Takes the slices that a finished phase no longer needs out of the queue."""
-    slurm.cancel({job.array for job in waiting(folder, kind, phase)}, waiting_only=True)
 
 
 def stopped(folder: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from crystal_hpc.train.step import Trainer
 
 with backend.quiet():
     from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
 
 
@@ -84,10 +85,21 @@ def module(trainer: Trainer) -> torch.nn.Module:
 def _state(trainer: Trainer, loading: bool) -> dict[str, Any]:
     model = _model_state(module(trainer))
     optimizer: Any = trainer.optimizer
-    return {
-        "model": model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata()),
-    }
+    state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=_metadata())
+    if not loading:
+        _zero_padding(state)
+    return {"model": model, "optimizer": state}
+
+
+def _zero_padding(state: Any) -> None:
+    """The gaps between parameters in Megatron's flat buffers, saved along, would hold whatever was in memory."""
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+    if isinstance(state, dict) and getattr(state.get("padding"), "obj", False):
+        for part in parts:
+            if isinstance(part, ShardedTensor):
+                part.data.zero_()
+    for part in parts:
+        _zero_padding(part)
 
 
 def _model_state(inner: Any) -> Any:

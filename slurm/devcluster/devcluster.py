@@ -101,6 +101,7 @@ class DevCluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
+        self._children: list[subprocess.Popen[bytes]] = []  # kept: they outlive this process, or are ended by `down`
 
     @property
     def environment(self) -> dict[str, str]:
@@ -142,6 +143,8 @@ class DevCluster:
         for pid in orphans:  # a step's shepherd and its tasks, where slurmd was killed
             _end(pid, signal.SIGKILL)
         (self.folder / "processes.json").unlink(missing_ok=True)
+        for child in self._children:
+            child.wait()
 
     def start_node(self, name: str) -> None:
         """Starts a node's slurmd."""
@@ -256,6 +259,7 @@ class DevCluster:
                 env={**os.environ, **self.environment},
                 start_new_session=True,  # Ctrl-C in a terminal is not for the daemons
             )
+        self._children.append(process)
         processes = self._processes()
         processes[name] = process.pid
         (self.folder / "processes.json").write_text(json.dumps(processes))

@@ -31,7 +31,7 @@ def new_run(tmp_path: Path, tiny_config: dict[str, Any], write_config: Callable[
     def make(name: str, *overrides: str) -> Path:
         run = load_run(write_config({**tiny_config, "name": name}), ("data.held_out={}", *overrides))
         size = run.parallel.tensor * run.parallel.pipeline
-        here = Cluster(name="here", executor="local", ranks=size, time_limit="10min")  # type: ignore[arg-type]
+        here = Cluster(name="here", executor="local", ranks_per_node=size, time_limit="10min")  # type: ignore[arg-type]
         return prepare(run, here, tmp_path / "runs")
 
     return make
