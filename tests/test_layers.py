@@ -39,6 +39,8 @@ WITHOUT_TORCH = [
     "jobs.status",
     "jobs.request",
     "jobs.doctor",
+    "jobs.probe",
+    "jobs.batch",
     "report.plan",
 ]
 DATA_WITH_TORCH = {"data.batches"}

@@ -12,19 +12,8 @@ from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Cluster, Phase, Run, Slurm
 
 # Options of sbatch that a job of ours cannot work without.
-OURS = {
-    "array",
-    "dependency",
-    "error",
-    "job-name",
-    "nodes",
-    "ntasks-per-node",
-    "open-mode",
-    "output",
-    "requeue",
-    "signal",
-}
-OURS |= {"time", "kill-on-invalid-dep"}
+OURS = {"array", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "ntasks-per-node", "open-mode"}
+OURS |= {"output", "requeue", "signal", "time"}
 SMALLEST_WEIGHT = 1e-9
 SUM_TOLERANCE = 1e-5  # published weights are rounded: Crystal's phase 1 sums to 0.999999
 
@@ -93,25 +82,21 @@ def cluster_problems(cluster: Cluster) -> Iterator[str]:
             yield f"nodes: {cluster.nodes}; the local executor has this machine alone: make it 1, or executor: slurm"
         if cluster.slurm != Slurm():
             yield "slurm: is for executor: slurm; this profile says local"
-    taken = {
-        "signal",
-        "array",
-        "dependency",
-        "output",
-        "error",
-        "nodes",
-        "ntasks-per-node",
-        "time",
-        "requeue",
-        "job-name",
-    }
-    for name in sorted(taken & {option.replace("_", "-") for option in cluster.slurm.options}):
-        yield f"slurm.options.{name}: crystal sets this one itself"
+    for name in cluster.slurm.options:
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+            yield f"slurm.options: {name!r} is no long option of sbatch"
+        elif name.replace("_", "-") in OURS:
+            yield f"slurm.options.{name}: crystal sets this one itself"
+    if re.search(r"\$(?![A-Za-z_]|\{[A-Za-z_]\w*\})|`|^~", cluster.slurm.scratch or ""):
+        yield f"slurm.scratch: {cluster.slurm.scratch!r}: only $NAME and ${{NAME}} are replaced by their values"
+    for mount in cluster.slurm.container.mounts if cluster.slurm.container else ():
+        if "," in mount:
+            yield f"slurm.container.mounts: {mount!r}: one folder an entry, no commas"
     for variables in ("environment", "slurm.network"):
         found = cluster.environment if variables == "environment" else cluster.slurm.network
-        for name in found:
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                yield f"{variables}.{name}: not a name of an environment variable"
+        for name, value in found.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
+                yield f"{variables}.{name}: not a name of an environment variable, or not a value that one can have"
 
 
 def layout_problems(run: Run, cluster: Cluster) -> Iterator[str]:

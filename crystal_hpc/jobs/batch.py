@@ -18,6 +18,7 @@ from crystal_hpc.errors import CrystalError, RunError, SlurmError
 from crystal_hpc.jobs import chain, journal, slurm, submitted
 from crystal_hpc.jobs.launch import read_cluster, write_launch
 from crystal_hpc.jobs.place import Place, job_of
+from crystal_hpc.jobs.queueing import check_path
 from crystal_hpc.jobs.rank import refuse_shared
 from crystal_hpc.jobs.request import NOTHING_TO_DO
 from crystal_hpc.jobs.verdict import Next, Verdict, judge, nodes_to_exclude
@@ -37,6 +38,9 @@ class Batch:
         self.folder, self.kind, self.phase = folder.resolve(), kind, phase
         self.run = load_run(self.folder / "run.yaml")
         self.cluster = read_cluster(self.folder)
+        names = [named.name for named in self.run.phases]
+        if phase is not None and phase not in names:
+            raise RunError(f"{self.folder}: has no phase {phase!r}; choose from {', '.join(names)}")
         self.job, self.launch = job_of(os.environ)
         self.id = os.environ["SLURM_JOB_ID"]
         setup_logging(0, self.job, 0)
@@ -70,12 +74,8 @@ class Batch:
             return self._end_side_job(status)
         self._close(status)
         attempts = journal.read_attempts(self.folder)
-        fields = slurm.job_fields(self.id)
-        state = fields.get("JobState", "UNKNOWN")
-        if state == "COMPLETING" and fields.get("PreemptTime", "None") != "None":
-            state = "RUNNING"  # preempted without a grace time: where Slurm does not requeue it, the job still can
         cancelled = journal.cancel_marker(self.folder).exists()
-        verdict = judge(attempts, self._is_done(), state, cancelled)
+        verdict = judge(attempts, self._is_done(), self._state(), cancelled)
         log.info("%s: %s", verdict.next.value, verdict.reason)
         return self._act(verdict, attempts)
 
@@ -121,13 +121,20 @@ class Batch:
         if self._is_done():
             return 0
         cancelled = journal.cancel_marker(self.folder).exists()
-        running = slurm.job_fields(self.id).get("JobState") == "RUNNING"
+        running = self._state() == "RUNNING"
         if running and not cancelled and self.launch + 1 < MOST_TRIES_OF_A_SIDE_JOB:
             slurm.requeue(self.id)
         elif running and not cancelled and self.kind == "stage":
             reason = f"staging of phase {self.phase} failed {self.launch + 1} times; see its log in {self.folder}/logs"
             submitted.stop(self.folder, reason, except_for=self.id)
         return status or 1
+
+    def _state(self) -> str:
+        """What Slurm says of this job; RUNNING as long as the job may still decide for itself."""
+        fields = slurm.job_fields(self.id)
+        state = fields.get("JobState", "UNKNOWN")
+        # Preempted without a grace time: where Slurm does not requeue the job, it still can.
+        return "RUNNING" if state == "COMPLETING" and fields.get("PreemptTime", "None") != "None" else state
 
     def _is_done(self) -> bool:
         if self.kind == "train":
@@ -137,9 +144,9 @@ class Batch:
     def _refuse_unfinished_before(self) -> None:
         """Slices end with whatever befell them: a phase must look whether the one before it is really done."""
         names = [phase.name for phase in self.run.phases]
-        before = names[: names.index(self.phase)] if self.phase and self.kind == "train" else []
-        needed = [*before, *([self.phase] if self.phase and self.kind == "evaluate" else [])]
-        missing = [name for name in needed if not chain.is_trained(self.folder, self.run, self.cluster, name)]
+        place = names.index(self.phase) if self.phase else 0
+        needed = self.run.phases[: {"train": place, "evaluate": place + 1}.get(self.kind, 0)]
+        missing = [phase.name for phase in needed if not chain.is_at_end(self.folder, phase)]
         if missing:
             reason = f"phase {missing[0]} is not finished, and no job of it is left"
             if self.kind == "train":
@@ -200,10 +207,21 @@ class Batch:
 
 
 def prepare_by_hand(config: Path, overrides: list[str]) -> Path:
-    """The run folder for a script that a user gave to sbatch; $CRYSTAL_RUNS is the folder of all runs."""
+    """The run folder for a script that a user gave to sbatch; $CRYSTAL_RUNS is the folder of all runs.
+
+    Its job joins those of the run: `crystal status` and `crystal cancel` know it.
+    """
     from crystal_hpc.jobs.submit import prepare
 
-    return prepare(load_run(config, overrides), None, Path(os.environ.get("CRYSTAL_RUNS", "runs")))
+    run, runs = load_run(config, overrides), Path(os.environ.get("CRYSTAL_RUNS", "runs"))
+    check_path((runs / run.name).resolve())
+    folder = prepare(run, None, runs)
+    job = job_of(os.environ)[0].partition("_")[0]
+    if job not in submitted.ids(folder, "train", None):  # else it is a later start, or slice, of the same submission
+        submitted.clear(folder)
+        slices = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1))
+        submitted.add_job(folder, {"id": job, "kind": "train", "phase": None, "slices": slices, "dependency": None})
+    return folder
 
 
 def _last_start(log_file: Path) -> str:

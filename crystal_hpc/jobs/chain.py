@@ -71,7 +71,7 @@ def done_links(folder: Path, run: Run, cluster: Cluster | None) -> set[tuple[Kin
     found: set[tuple[Kind, str]] = set()
     for phase in run.phases:
         evaluated = not run.data.held_out or (folder / "evals" / f"{phase.name}.json").exists()
-        if _ends(folder, phase) and (evaluated or elsewhere):
+        if is_at_end(folder, phase) and (evaluated or elsewhere):
             found.add(("train", phase.name))
         if evaluated:
             found.add(("evaluate", phase.name))
@@ -86,7 +86,7 @@ def is_trained(folder: Path, run: Run, cluster: Cluster | None, phase: str | Non
     return all(("train", name) in done for name in ([phase] if phase else [phase.name for phase in run.phases]))
 
 
-def _ends(folder: Path, phase: Phase) -> bool:
+def is_at_end(folder: Path, phase: Phase) -> bool:
     """Whether the checkpoint at the end of a phase is there."""
     generation = f"step_{derive.phase_steps(phase):08d}"
     return (folder / "checkpoints" / phase.name / generation / "manifest.json").exists()

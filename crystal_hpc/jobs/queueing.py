@@ -24,7 +24,7 @@ DEFAULT_MAX_ARRAY = 1001  # Slurm's, for a dry run where there is none
 
 def check_path(folder: Path) -> None:
     """Raises RunError for a run folder whose path Slurm would read as something else."""
-    if re.search(r"[%\\\x00-\x1f\x7f]", str(folder)):
+    if re.search(r"[%\\\x00-\x1f\x7f\ud800-\udfff]", str(folder)):
         raise RunError(f"{str(folder)!r}: Slurm replaces %, \\ and control characters in paths; choose another folder")
 
 
@@ -64,7 +64,7 @@ def scripts(folder: Path, run: Run, cluster: Cluster) -> Iterator[tuple[Link, st
 
     most = DEFAULT_MAX_ARRAY
     with contextlib.suppress(SlurmError):
-        most = most_elements(slurm.configuration())
+        most = most_elements(slurm.configuration(timeout=5))
     links = make_links(folder, run, cluster, most)
     excluded = nodes_to_exclude(journal.read_attempts(folder))
     for link in links:

@@ -17,6 +17,9 @@ from crystal_hpc.jobs.chain import Link
 SHIELD = """\
 CRYSTAL_SHIELD='env --block-signal=TERM,USR2'
 $CRYSTAL_SHIELD true 2>/dev/null || CRYSTAL_SHIELD=env"""
+# The same for an image, whose coreutils may be others.
+SHIELD_INSIDE = """\
+shield="env --block-signal=TERM,USR2"; $shield true 2>/dev/null || shield=env; exec $shield "$@\""""
 NOTHING_TO_DO = 75
 
 
@@ -54,7 +57,7 @@ def slurm_parameters(
         "partition": (side.partition if side else None) or slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
-        "constraint": slurm.constraint,
+        "constraint": None if side and side.partition else slurm.constraint,  # other partitions have other nodes
         "exclude": ",".join(sorted({*slurm.exclude, *excluded})) or None,
         "gpus_per_node": ranks if wants_gpus else None,
         "cpus_per_task": slurm.cpus_per_rank,
@@ -79,7 +82,7 @@ def python_command(cluster: Cluster) -> str:
     container = cluster.slurm.container
     if container is None:
         return f"$CRYSTAL_SHIELD {shlex.quote(sys.executable)}"
-    inside = f"$CRYSTAL_SHIELD {shlex.quote(container.python)}"
+    inside = f"sh -c {shlex.quote(SHIELD_INSIDE)} rank {shlex.quote(container.python)}"
     if container.runtime == "pyxis":
         return inside
     binds = [word for mount in container.mounts for word in ("--bind", mount)]
@@ -103,6 +106,7 @@ def _setup(cluster: Cluster, folder: Path, link: Link) -> list[str]:
         "trap : TERM USR2",
         *(f"module load {shlex.quote(module)}" for module in slurm.modules),
         *slurm.setup,
+        *(["set +e"] if slurm.setup else []),  # what comes after looks at exit codes itself
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(variables.items())),
         *([f"export CRYSTAL_SCRATCH={_expanded(slurm.scratch)}"] if slurm.scratch else []),
         SHIELD,

@@ -91,9 +91,9 @@ def is_at_work(job: str, launch: int) -> bool:
     return fields.get("JobState") in AT_WORK and int(fields.get("Restarts", 0)) == launch
 
 
-def configuration() -> dict[str, str]:
+def configuration(timeout: float = 60) -> dict[str, str]:
     """`scontrol show config`, keys as Slurm spells them."""
-    lines = command("scontrol", "show", "config").splitlines()
+    lines = command("scontrol", "show", "config", timeout=timeout).splitlines()
     pairs = [line.partition("=") for line in lines if "=" in line]
     return {key.strip(): value.strip() for key, _, value in pairs}
 

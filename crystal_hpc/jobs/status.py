@@ -77,7 +77,7 @@ def _jobs(folder: Path) -> Iterator[str]:
     ended = slurm.accounted([job["id"] for job in jobs])
     for job in jobs:
         mine = [queued for queued in queue if queued.array == job["id"]]
-        title = f"  job {job['id']:<8}{job['kind']:<9}{job['phase']:<16}"
+        title = f"  job {job['id']:<8}{job['kind']:<9}{job['phase'] or 'all phases':<16}"
         working = [queued for queued in mine if queued.state in slurm.AT_WORK]
         for one in working:
             yield f"{title}{one.job} {one.state.lower()} on {one.nodes or 'no node'} since {one.start}"

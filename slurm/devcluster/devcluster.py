@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -325,7 +326,8 @@ def install(accounting: bool) -> None:
 def _free_ports(count: int) -> list[int]:
     """Ports below the range from which the system lends its own."""
     found: list[int] = []
-    for port in range(17000 + os.getpid() % 9000, 32000):
+    # At random: clusters that start at the same moment must not all find the same ones free.
+    for port in random.sample(range(17000, 32000), 1000):
         if len(found) == count:
             break
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -142,7 +142,14 @@ def test_a_cluster_profile_is_refused_for_what_cannot_work_on_any_run() -> None:
     assert problems(time_limit="1min") == ["signal_delay: 90s leaves nothing of the time limit of 60s"]
     assert problems(nodes=2) == ["nodes: 2; the local executor has this machine alone: make it 1, or executor: slurm"]
     assert problems(slurm={"partition": "gpu"}) == ["slurm: is for executor: slurm; this profile says local"]
-    assert problems(executor="slurm", slurm={"options": {"job_name": "x", "reservation": "night"}}) == [
-        "slurm.options.job-name: crystal sets this one itself"
+    assert problems(executor="slurm", slurm={"options": {"job_name": "x", "reservation": "night", "Bad key": 1}}) == [
+        "slurm.options.job_name: crystal sets this one itself",
+        "slurm.options: 'Bad key' is no long option of sbatch",
     ]
-    assert problems(environment={"A B": "1"}) == ["environment.A B: not a name of an environment variable"]
+    assert "environment.A B: not a name of" in problems(environment={"A B": "1"})[0]
+    container = {"runtime": "apptainer", "image": "x.sif", "mounts": ["/a,/b"]}
+    assert problems(executor="slurm", slurm={"container": container, "scratch": "$(touch x)"}) == [
+        "slurm.scratch: '$(touch x)': only $NAME and ${NAME} are replaced by their values",
+        "slurm.container.mounts: '/a,/b': one folder an entry, no commas",
+    ]
+    assert problems(executor="slurm", slurm={"scratch": "/scratch/${USER}/$SLURM_JOB_ID"}) == []

@@ -15,7 +15,7 @@ import pytest
 from crystal_hpc.config.load import load_cluster
 from crystal_hpc.config.schema import Cluster, Run
 from crystal_hpc.errors import ConfigError, RunError, SlurmError
-from crystal_hpc.jobs import queueing, slurm
+from crystal_hpc.jobs import queueing, request, slurm
 
 GOLDEN = Path(__file__).parent / "golden"
 PROFILES = {path.stem: path for path in Path(__file__).parents[2].glob("configs/clusters/*.yaml")}
@@ -74,7 +74,7 @@ def first_script(folder: Path, where: Cluster) -> str:
 def fixed_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked must depend on the profile alone: Python has one path, and no Slurm says how long arrays may be."""
 
-    def no_answer() -> dict[str, str]:
+    def no_answer(**_: object) -> dict[str, str]:
         raise SlurmError("not asked here")
 
     monkeypatch.setattr(sys, "executable", "/opt/crystal/bin/python")
@@ -190,12 +190,19 @@ def test_a_hostile_value_reaches_ranks_and_batch_steps_as_it_is(
     for variables in (begin[1], srun[1], end[1]):
         assert (variables["FABRIC"], variables["ANYTHING"]) == (value, value)
     ours = ["--unbuffered", "--output", f"{folder}/logs/%j_%t_log.out", "--kill-on-bad-exit=1", "--wait=120"]
-    rank = [*shield(), value, "-u", "-m", "crystal_hpc.jobs.rank", f"{folder}/logs"]
+    rank = ["sh", "-c", request.SHIELD_INSIDE, "rank", value, "-u", "-m", "crystal_hpc.jobs.rank", f"{folder}/logs"]
     inside = {
         "pyxis": [f"--container-image=/i{value}", f"--container-mounts=/m{value}:/m{value}", *rank],
         "apptainer": ["apptainer", "exec", "--bind", f"/m{value}", f"/i{value}", *rank],
     }
     assert srun[0] == ["srun", *ours, *inside[runtime]]
+
+
+def test_a_rank_in_a_container_begins_with_its_signals_held_back() -> None:
+    program = "import signal; print(*sorted(signal.Signals(number).name for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    words = ["sh", "-c", request.SHIELD_INSIDE, "rank", sys.executable, "-c", program]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    assert said == (["SIGTERM", "SIGUSR2"] if len(shield()) > 1 else [])
 
 
 @pytest.mark.parametrize("value", HOSTILE)

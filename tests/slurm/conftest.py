@@ -27,10 +27,10 @@ def _started(folder: Path, **settings: Any) -> DevCluster:
         pytest.skip("a private Slurm needs root")
     try:
         install(settings["accounting"])
-        cluster = DevCluster(folder)
-        cluster.up(**{"gpus": 2, "grace": 15, "kill_wait": 10, "max_array_size": 6, **settings})
     except ClusterError as error:
-        pytest.skip(f"a private Slurm could not be started: {error}")
+        pytest.skip(f"a private Slurm needs what could not be installed: {error}")
+    cluster = DevCluster(folder)
+    cluster.up(**{"gpus": 2, "grace": 15, "kill_wait": 10, "max_array_size": 6, **settings})
     return cluster
 
 

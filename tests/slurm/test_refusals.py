@@ -84,6 +84,14 @@ def queue() -> list[str]:
     return slurm.command("squeue", "--noheader", "--array", "--format", "%i").split()
 
 
+def fake(name: str, folder: Path, script: str) -> str:
+    """A program that stands before the real one; returns the PATH by which it is found."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
 # --- What Slurm refuses is told in its own words, before anything is queued.
 
 
@@ -123,11 +131,13 @@ def test_a_machine_without_slurm_is_told_what_to_do_instead(
     refused(submit_config(short_config, PATH=str(tmp_path)), "sbatch: not found", "login node", "executor: local")
 
 
-def test_a_cluster_that_does_not_answer_is_an_error_in_one_line(
+def test_a_controller_that_does_not_answer_is_an_error_in_its_own_words(
     devcluster: DevCluster, profile: Profile, submit_config: Submit, short_config: dict[str, Any], tmp_path: Path
 ) -> None:
     profile()
-    refused(submit_config(short_config, SLURM_CONF=str(tmp_path / "none.conf")), "scontrol show: ")
+    said = "slurm_load_ctl_conf error: Unable to contact slurm controller (connect failure)"
+    path = fake("scontrol", tmp_path / "bin", f"echo '{said}' >&2; exit 1")
+    refused(submit_config(short_config, PATH=path), f"scontrol show: {said}")
 
 
 def test_a_control_character_in_an_option_is_refused(
@@ -190,14 +200,6 @@ def test_slices_beyond_the_longest_array_become_several_arrays_and_all_can_be_ca
     done = crystal("cancel", tmp_path / "runs" / "tiny")
     assert (done.returncode, done.stderr) == (0, "")
     assert queue() == []
-
-
-def fake(name: str, folder: Path, script: str) -> str:
-    """A program that stands before the real one; returns the PATH by which it is found."""
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
-    return f"{folder}:{os.environ['PATH']}"
 
 
 LIMIT = "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit)"
