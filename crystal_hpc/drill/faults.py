@@ -4,7 +4,6 @@ Each fault is a function of the job that runs; moments are chosen by `rounds`. A
 (scancel, scontrol, srun into one's own job), but for a killed slurmd, which needs a cluster of one's own.
 """
 
-import contextlib
 import random
 import subprocess
 import sys
@@ -135,11 +134,15 @@ def _inside(target: Target, name: str, one: bool) -> None:
     assert target.entry is not None
     pids, nodes = target.entry["pids"], target.entry["nodes"]
     ranks = sorted(pids, key=int)
+    job = slurm.job_fields(target.job).get("JobId", target.job)  # srun knows no 12_3
     for rank in [target.chance.choice(ranks)] if one else ranks:
-        words = ["srun", "--overlap", "--jobid", target.job, "--nodes", "1", "--ntasks", "1"]
+        words = ["srun", "--overlap", "--jobid", job, "--nodes", "1", "--ntasks", "1"]
         words += ["--nodelist", nodes[int(rank)], "kill", f"-{name}", str(pids[rank])]
-        with contextlib.suppress(SlurmError):  # with the first rank gone, the job may end before the last is told
+        try:
             slurm.command(*words)
+        except SlurmError:
+            if rank == ranks[0] or one:
+                raise  # else the first rank's end has taken the others along
 
 
 def _devcluster_program() -> Path:

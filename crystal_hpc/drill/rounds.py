@@ -23,6 +23,7 @@ from crystal_hpc.jobs.status import cancel
 
 MOMENTS = ("step", "start-up", "save")
 PATIENCE = 600.0
+MOST_FRUITLESS = 3
 Tell = Callable[[str], None]
 
 
@@ -59,13 +60,14 @@ class Drill:
     devcluster: Path | None = None
     tell: Tell = print
     outcomes: list[Outcome] = field(default_factory=list)
+    _refusal: str = "each time its job had ended just before"
 
     def run(self) -> list[Outcome]:
         """Runs all rounds. Raises RunError if the undisturbed run does not finish."""
         recipe.make_data(self.folder / "data")
         chance = random.Random(self.seed)
         deck: list[str] = []
-        number = 0
+        number = fruitless = 0
         while len(self.outcomes) < self.count:
             number += 1
             planned: list[str] = []
@@ -75,6 +77,9 @@ class Drill:
                 planned.append(deck.pop())
             left = self._round(number, planned, chance)
             deck += left  # the run was over before they could be injected
+            fruitless = 0 if len(left) < len(planned) else fruitless + 1
+            if fruitless == MOST_FRUITLESS:
+                raise RunError(f"{left[0]}: could not be injected in {fruitless} runs; {self._refusal}")
         return self.outcomes
 
     def _reference(self, long: bool) -> Path:
@@ -130,7 +135,8 @@ class Drill:
             injected = time.time()
             try:
                 faults.FAULTS[outcome.fault](target)
-            except SlurmError:  # the job had ended just before
+            except SlurmError as error:  # the job had ended just before
+                self._refusal = str(error)
                 continue
             self._recover(folder, outcome, injected)
             hit = [entry for entry in journal.read_attempts(folder) if entry["job"] == target.job]

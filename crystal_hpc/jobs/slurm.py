@@ -140,7 +140,13 @@ def cancel(jobs: Collection[str], waiting_only: bool = False) -> None:
 
 def tell(job: str, signal_name: str) -> None:
     """Sends a signal to all ranks of a job."""
-    command("scancel", "--quiet", "--signal", signal_name, job)
+    try:
+        command("scancel", "--signal", signal_name, job)
+    except SlurmError as error:
+        # ESLURM_ALREADY_DONE & 255. Seen on 22.05: the signal arrived, slurmctld asked scancel to try again, and when it
+        # did the job had obeyed.
+        if "exit code 229" not in str(error):
+            raise
 
 
 def requeue(job: str) -> None:

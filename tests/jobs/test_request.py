@@ -200,7 +200,7 @@ def test_a_hostile_value_reaches_ranks_and_batch_steps_as_it_is(
 
 
 def test_a_rank_in_a_container_begins_with_its_signals_held_back() -> None:
-    program = "import signal; print(*sorted(signal.Signals(n).name for n in signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    program = "import signal as s; print(*sorted(s.Signals(n).name for n in s.pthread_sigmask(s.SIG_BLOCK, [])))"
     words = ["sh", "-c", request.SHIELD_INSIDE, "rank", "python3", "-c", program]
     said = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
     assert said == (["SIGTERM", "SIGUSR2"] if len(shield()) > 1 else [])

@@ -1,4 +1,4 @@
-"""Runs where sacct answers, and where it does not: the same, but for what `crystal status` knows of jobs that are over."""
+"""Where sacct answers, and where it does not: the same, but for what `crystal status` says of jobs that ended."""
 
 import os
 import re
@@ -13,6 +13,7 @@ from devcluster import ACCOUNT, DevCluster
 from stories import Story, wait_for
 
 from crystal_hpc.config.schema import Cluster
+from crystal_hpc.errors import SlurmError
 from crystal_hpc.jobs import slurm, submit, submitted
 from crystal_hpc.jobs.status import cancel, describe_status
 
@@ -68,6 +69,23 @@ def test_slices_of_which_some_were_not_needed_are_shown_as_what_they_were(
     assert of_jobs(status(whole.folder)) == {"prose": "completed, cancelled"}
 
 
+def test_the_last_slice_goes_back_to_the_queue_alone(
+    accounted: DevCluster, profile: Profile, story: MakeStory, short: dict[str, Any]
+) -> None:
+    cluster = profile(nodes=1, slurm={"account": ACCOUNT, "resume_by": "slices", "slices": 2})
+    whole = story(cluster, **{**short, "phases": [{**short["phases"][0], "steps": 300}]})
+    array = whole.start()[0].job_id.partition("_")[0]
+    for step in (2, 60):
+        entry = whole.wait_for_step("prose", step)
+        slurm.tell(entry["job"], "USR2")
+        wait_for(lambda e=entry: whole.attempts()[e["attempt"] - 1]["outcome"], "the attempt to end")
+    whole.wait_until_over()
+    starts = [(entry["job"], entry["launch"], entry["outcome"]) for entry in whole.attempts()]
+    # Slurm gives the last element to start the id of the whole array: all of it must not be requeued.
+    last = f"{array}_1"
+    assert starts == [(f"{array}_0", 0, "time_limit"), (last, 0, "time_limit"), (last, 1, "finished")]
+
+
 def test_status_is_the_same_with_and_without_accounting_but_for_jobs_that_are_over(
     accounted: DevCluster, _four_nodes: DevCluster, profile: Profile, story: MakeStory, short: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -102,3 +120,21 @@ def test_a_folder_without_runs_has_no_status(accounted: DevCluster, tmp_path: Pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert done.stderr.startswith("error: runs: no runs there; ")
+
+
+def test_what_slurm_says_against_a_job_in_its_queue_is_an_error_of_ours(accounted: DevCluster) -> None:
+    assert slurm.job_fields("999999") == {}
+    with pytest.raises(SlurmError, match=r"^scontrol requeue: .*Invalid job id"):
+        slurm.requeue("999999")
+    with pytest.raises(SlurmError, match="nowhere"):
+        slurm.partition("nowhere")
+
+
+def test_jobs_are_found_by_who_we_are_not_by_what_a_variable_says(
+    accounted: DevCluster, profile: Profile, story: MakeStory, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = story(profile(slurm={"account": ACCOUNT, "options": {"hold": True}}), **short)
+    jobs = [job.job_id for job in whole.start()]
+    for name in ("LOGNAME", "USER"):  # as after `su` without a login
+        monkeypatch.setenv(name, "nobody")
+    assert sorted(queued.job for queued in submitted.queued(whole.folder)) == jobs

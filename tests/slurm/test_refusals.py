@@ -4,6 +4,7 @@ Every command runs in a process of its own, on the private Slurm, from a folder 
 names and values here try to have a shell make one. Jobs are submitted on hold (`--hold`) where they need not run.
 """
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -16,8 +17,9 @@ import pytest
 from devcluster import DevCluster
 from stories import Story, wait_for
 
+from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Cluster
-from crystal_hpc.errors import RunError, SlurmError
+from crystal_hpc.errors import ConfigError, RunError
 from crystal_hpc.jobs import journal, slurm, submitted
 from crystal_hpc.jobs.place import Place
 
@@ -140,27 +142,27 @@ def test_a_controller_that_does_not_answer_is_an_error_in_its_own_words(
     refused(submit_config(short_config, PATH=path), f"scontrol show: {said}")
 
 
-def test_a_control_character_in_an_option_is_refused(
-    devcluster: DevCluster, profile: Profile, submit_config: Submit, short_config: dict[str, Any]
-) -> None:
-    profile(slurm={"options": {"comment": "one\ntouch x"}})
-    refused(submit_config(short_config), "cluster dev: slurm: comment: 'one\\ntouch x' has a control character")
-
-
 # --- Time.
 
 
-@pytest.mark.parametrize("limit", ["20s", "30s"])
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"time_limit": "20s"}, "signal_delay: 30s leaves nothing of the time limit of 20s"),
+        ({"time_limit": "30s"}, "signal_delay: 30s leaves nothing of the time limit of 30s"),
+        *(
+            ({"slurm": {kind: {"time_limit": "30s"}}}, f"slurm.{kind}.time_limit: 30s is not longer than signal_delay")
+            for kind in ("stage", "evaluate")
+        ),
+    ],
+)
 def test_a_time_limit_that_is_over_before_the_signal_is_refused(
-    devcluster: DevCluster, profile: Profile, submit_config: Submit, short_config: dict[str, Any], tmp_path: Path,
-    limit: str,
+    devcluster: DevCluster, profile: Profile, submit_config: Submit, short_config: dict[str, Any],
+    keys: dict[str, Any], said: str,
 ) -> None:  # fmt: skip
-    profile()
-    path = tmp_path / "cluster.yaml"
-    path.write_text(path.read_text().replace("10min", limit))
-    refused(
-        submit_config(short_config), "cluster.yaml", f"signal_delay: 30s leaves nothing of the time limit of {limit}"
-    )
+    with contextlib.suppress(ConfigError):
+        profile(**keys)  # writes the file, then reads it
+    refused(submit_config(short_config), "cluster.yaml", said)
 
 
 def test_a_time_limit_in_which_the_measured_save_leaves_no_time_to_train_is_refused(
@@ -172,15 +174,9 @@ def test_a_time_limit_in_which_the_measured_save_leaves_no_time_to_train_is_refu
     said = "time_limit: 300s is not longer than signal_delay (30s) and a save (270 s, as measured)"
     refused(submit_config(short_config), "cluster dev: ", said)
     profile(time_limit="6min", slurm=HELD)
-    assert len(accepted_with_warnings(submit_config(short_config))) == 2
-
-
-def accepted_with_warnings(done: Done) -> list[str]:
-    """The warnings that came with a submission: here, that what Slurm gives is less than a save has needed."""
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
-    assert all(line.startswith("warning: from signal to durable checkpoint") for line in lines), done.stderr
-    return lines
+    done = submit_config(short_config)
+    warning = "warning: from signal to durable checkpoint this run has needed up to 270 s, more than "
+    assert (done.returncode, done.stderr.count(warning), len(done.stderr.splitlines())) == (0, 2, 2), done.stderr
 
 
 # --- A chain is queued whole, or not at all; once, and not twice.
@@ -288,17 +284,6 @@ def test_a_command_that_looked_before_another_submitted_does_not_submit_a_second
     assert queue() == [job.job_id]
 
 
-def test_jobs_are_found_by_who_we_are_not_by_what_a_variable_says(
-    devcluster: DevCluster, profile: Profile, story: MakeStory, short_config: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    whole = story(profile(slurm=HELD), **short_config)
-    (job,) = whole.start()
-    for name in ("LOGNAME", "USER"):  # as after `su` without a login
-        monkeypatch.setenv(name, "nobody")
-    assert [queued.job for queued in submitted.queued(whole.folder)] == [job.job_id]
-
-
 # --- Names and values that would mean something to a shell, to sbatch, or to those who read what scontrol shows.
 
 
@@ -319,19 +304,14 @@ def test_hostile_folders_and_values_reach_slurm_as_they_are_and_the_run_recovers
     os.kill(entry["pids"]["0"], 9)
     wait_for(lambda: queue() == [], "the job to end")
     first, second = journal.read_attempts(folder)
-    assert (first["outcome"], first["reason"], first["blamed"]) == (
-        "node_failure",
-        "a rank on n1 was lost: Killed",
-        ["n1"],
-    )
+    assert (first["outcome"], first["blamed"]) == ("node_failure", entry["nodes"]), first["reason"]
     assert (second["outcome"], second["launch"]) == ("finished", 1)
     fields = slurm.job_fields(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
     assert f"Comment={comment} " in slurm.command("scontrol", "--oneliner", "show", "job", job)
     assert (tmp_path / "seen").read_text() == value + HOSTILE
     assert list(tmp_path.rglob("x")) == []
-    done = crystal("status", folder)
-    assert (done.returncode, "150 / 150 steps" in done.stdout) == (0, True)
+    assert "150 / 150 steps" in crystal("status", folder).stdout
 
 
 @pytest.mark.parametrize("name", ["a\nb", "50%", "a\\b", "tab\there", "\x7f", "line\u2028separator"], ids=ascii)
@@ -350,21 +330,15 @@ def test_folders_that_slurm_would_read_as_something_else_are_refused(
     ids=ascii,
 )
 @pytest.mark.parametrize("where", ["run", "phase"])
-def test_hostile_names_of_runs_and_phases_are_refused(
-    profile: Profile, short_config: dict[str, Any], write_config: Callable[..., Path], where: str, name: str
+def test_hostile_names_of_runs_and_phases_are_refused_by_the_config(
+    short_config: dict[str, Any], write_config: Callable[..., Path], where: str, name: str
 ) -> None:
-    from click.testing import CliRunner
-
-    from crystal_hpc.cli import main
-
-    profile()
     phases = [{**short_config["phases"][0], "name": name}] if where == "phase" else short_config["phases"]
     config = write_config({**short_config, "phases": phases, "name": name if where == "run" else "tiny"})
-    result = CliRunner().invoke(main, ["submit", str(config), "--cluster", "cluster.yaml"])
-    assert result.exit_code == 2
-    (line,) = result.output.splitlines()
-    assert line.startswith("error: ") and ("phases.0.name" if where == "phase" else ": name") in line
-    assert not Path("runs").exists()
+    with pytest.raises(ConfigError) as caught:
+        load_run(config)
+    (line,) = str(caught.value).splitlines()
+    assert ("phases.0.name" if where == "phase" else ": name") in line
 
 
 # --- Pickles are code: a job runs only what none but its user could have put there.
@@ -377,39 +351,28 @@ class Trap:
         return os.mkdir, ("unpickled",)
 
 
-def make_others_writable(folder: Path, pickle_file: Path) -> Path:
-    (folder / "logs").chmod(0o777)
-    return folder / "logs"
+TAMPERINGS = ["logs", "runs", "pickle", "given away"]
 
 
-def make_runs_writable(folder: Path, pickle_file: Path) -> Path:
-    folder.parent.chmod(0o777)
-    return folder.parent
+def tamper(how: str, pickle_file: Path) -> Path:
+    """Lets others write to one of the folders, or to the pickle, or makes it theirs; returns what was changed."""
+    logs = pickle_file.parent
+    path = {"logs": logs, "runs": logs.parents[1]}.get(how, pickle_file)
+    path.chmod({"pickle": 0o664, "given away": 0o644}.get(how, 0o777))
+    if how == "given away":
+        os.chown(path, 65534, 65534)
+    return path
 
 
-def make_pickle_writable(folder: Path, pickle_file: Path) -> Path:
-    pickle_file.chmod(0o664)
-    return pickle_file
-
-
-def give_pickle_away(folder: Path, pickle_file: Path) -> Path:
-    os.chown(pickle_file, 65534, 65534)
-    return pickle_file
-
-
-TAMPERINGS = [make_others_writable, make_runs_writable, make_pickle_writable, give_pickle_away]
-
-
-@pytest.mark.parametrize("tamper", TAMPERINGS)
+@pytest.mark.parametrize("how", TAMPERINGS)
 def test_a_job_whose_pickle_another_could_have_written_is_refused_before_it_is_unpickled(
-    devcluster: DevCluster, profile: Profile, story: MakeStory, tmp_path: Path,
-    tamper: Callable[[Path, Path], Path],
-) -> None:  # fmt: skip
+    devcluster: DevCluster, profile: Profile, story: MakeStory, tmp_path: Path, how: str
+) -> None:
     whole = story(profile(nodes=1, slurm=HELD))
     jobs = [job.job_id for job in whole.start()]
     pickle_file = whole.folder / "logs" / f"{jobs[0]}_submitted.pkl"
     pickle_file.write_bytes(pickle.dumps(Trap()))
-    named = tamper(whole.folder, pickle_file)
+    named = tamper(how, pickle_file)
     slurm.command("scontrol", "release", *jobs)
     wait_for(lambda: queue() == [], "the job to be refused, and those that wait for it to go")
     errors = [line for line in whole.log().splitlines() if line.startswith("error: ")]
@@ -420,29 +383,19 @@ def test_a_job_whose_pickle_another_could_have_written_is_refused_before_it_is_u
     assert not (tmp_path / "unpickled").exists()
 
 
-@pytest.mark.parametrize("tamper", [None, *TAMPERINGS])
-def test_a_rank_looks_for_itself_before_it_unpickles(
-    tmp_path: Path, tamper: Callable[[Path, Path], Path] | None
-) -> None:
+@pytest.mark.parametrize("how", [None, *TAMPERINGS])
+def test_a_rank_looks_for_itself_before_it_unpickles(tmp_path: Path, how: str | None) -> None:
     logs = tmp_path / "runs" / "tiny" / "logs"
     logs.mkdir(parents=True)
     pickle_file = logs / "7_submitted.pkl"
     pickle_file.write_bytes(pickle.dumps(Trap()))
     local = {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_GLOBALID": "0", "LOCAL_NTASKS": "1"}
     environment = {**os.environ, **{f"SUBMITIT_{name}": value for name, value in local.items()}}
-    named = tamper(logs.parent, pickle_file) if tamper else None
+    named = tamper(how, pickle_file) if how else None
     words = [sys.executable, "-m", "crystal_hpc.jobs.rank", logs]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
-    assert (tmp_path / "unpickled").exists() == (tamper is None), "the trap works, and is not stepped into"
-    if tamper:
+    assert (tmp_path / "unpickled").exists() == (how is None), "the trap works, and is not stepped into"
+    if how:
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert done.stderr.startswith(f"error: {named}: ")
-
-
-def test_what_slurm_says_against_a_job_in_its_queue_is_an_error_of_ours(devcluster: DevCluster) -> None:
-    assert slurm.job_fields("999999") == {}
-    with pytest.raises(SlurmError, match=r"^scontrol requeue: .*Invalid job id"):
-        slurm.requeue("999999")
-    with pytest.raises(SlurmError, match="nowhere"):
-        slurm.partition("nowhere")
