@@ -143,8 +143,8 @@ def tell(job: str, signal_name: str) -> None:
     try:
         command("scancel", "--signal", signal_name, job)
     except SlurmError as error:
-        # ESLURM_ALREADY_DONE & 255. Seen on 22.05: the signal arrived, slurmctld asked scancel to try again, and when it
-        # did the job had obeyed.
+        # ESLURM_ALREADY_DONE & 255. Seen on 22.05: the signal arrived, slurmctld asked scancel to try again, and by
+        # then the job had obeyed.
         if "exit code 229" not in str(error):
             raise
 

@@ -73,9 +73,9 @@ def test_the_last_slice_goes_back_to_the_queue_alone(
     accounted: DevCluster, profile: Profile, story: MakeStory, short: dict[str, Any]
 ) -> None:
     cluster = profile(nodes=1, slurm={"account": ACCOUNT, "resume_by": "slices", "slices": 2})
-    whole = story(cluster, **{**short, "phases": [{**short["phases"][0], "steps": 300}]})
+    whole = story(cluster, **{**short, "phases": [{**short["phases"][0], "steps": 150}]})
     array = whole.start()[0].job_id.partition("_")[0]
-    for step in (2, 60):
+    for step in (2, 40):
         entry = whole.wait_for_step("prose", step)
         slurm.tell(entry["job"], "USR2")
         wait_for(lambda e=entry: whole.attempts()[e["attempt"] - 1]["outcome"], "the attempt to end")

@@ -67,10 +67,9 @@ def crystal(*words: Path | str, **environment: str) -> Done:
 def refused(done: Done, *parts: str) -> None:
     """Exit code 2, one line and no more, all parts in it, and nothing in the queue."""
     assert (done.returncode, done.stdout) == (2, ""), done.stdout + done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
     for part in parts:
-        assert part in lines[0]
+        assert part in done.stderr
     assert queue() == []
 
 
@@ -229,7 +228,6 @@ def test_a_first_job_that_runs_already_is_taken_back_too(
     done = submit_config(tiny_config, PATH=fake("sbatch", tmp_path / "bin", slow))
     assert (done.returncode, done.stdout) == (2, "")
     wait_for(lambda: queue() == [], "the first job to end")
-    assert submitted.stopped(tmp_path / "runs" / "tiny") is None
 
 
 def test_jobs_that_could_not_be_taken_back_are_named(
@@ -295,7 +293,7 @@ def test_hostile_folders_and_values_reach_slurm_as_they_are_and_the_run_recovers
     setup = ['trap \'printf %s "$VALUE" > seen; printf %s "$OTHER" >> seen\' EXIT']
     options = {"setup": setup, "network": {"OTHER": HOSTILE}, "options": {"comment": comment}}
     profile(nodes=1, environment={"OMP_NUM_THREADS": "1", "VALUE": value}, slurm=options)
-    config = {**short_config, "phases": [{**short_config["phases"][0], "steps": 150}]}
+    config = {**short_config, "phases": [{**short_config["phases"][0], "steps": 60}]}
     (job,) = accepted(submit_config(config, tmp_path / HOSTILE / "-n"))
     folder = tmp_path / HOSTILE / "-n" / "tiny"
     (entry,) = wait_for(lambda: [one for one in journal.read_attempts(folder) if one["first_step"]], "a first step")
@@ -311,7 +309,7 @@ def test_hostile_folders_and_values_reach_slurm_as_they_are_and_the_run_recovers
     assert f"Comment={comment} " in slurm.command("scontrol", "--oneliner", "show", "job", job)
     assert (tmp_path / "seen").read_text() == value + HOSTILE
     assert list(tmp_path.rglob("x")) == []
-    assert "150 / 150 steps" in crystal("status", folder).stdout
+    assert "60 / 60 steps" in crystal("status", folder).stdout
 
 
 @pytest.mark.parametrize("name", ["a\nb", "50%", "a\\b", "tab\there", "\x7f", "line\u2028separator"], ids=ascii)
