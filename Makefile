@@ -27,6 +27,7 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/slurm.py
 
 cluster-up:
 	@$(DEVCLUSTER) up --nodes $(NODES) $(if $(ACCOUNTING),--accounting)
