@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -28,6 +29,7 @@ BEGIN = "batch script begins:"  # in the log, before what srun says of this star
 TASK_ENDED = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: (.*)$", re.M)
 BY_SIGNAL = ("Killed", "Segmentation fault", "Bus error", "Aborted")
 PATIENCE_WITH_OTHERS = 600.0
+PATIENCE_WITH_SLURM = 300.0
 MOST_TRIES_OF_A_SIDE_JOB = 3
 
 
@@ -133,8 +135,9 @@ class Batch:
         """What Slurm says of this job; RUNNING as long as the job may still decide for itself."""
         fields = slurm.job_fields(self.id)
         state = fields.get("JobState", "UNKNOWN")
-        # Preempted without a grace time: where Slurm does not requeue the job, it still can.
-        return "RUNNING" if state == "COMPLETING" and fields.get("PreemptTime", "None") != "None" else state
+        # Preempted without a grace time, or at the end of its time: where Slurm does not requeue the job, it still can.
+        preempted = fields.get("PreemptTime", "None") != "None"
+        return "RUNNING" if state in ("COMPLETING", "TIMEOUT") and (preempted or _is_used_up(fields)) else state
 
     def _is_done(self) -> bool:
         if self.kind == "train":
@@ -238,6 +241,25 @@ def _tail(path: Path, within: int = 1 << 18) -> str:
         return ""
 
 
+def _is_used_up(fields: dict[str, str]) -> bool:
+    """Whether a job has had the whole of its time limit (a cancelled one has not, though it has an EndTime)."""
+    started, limit = _unix(fields.get("StartTime", "")), slurm.seconds(fields.get("TimeLimit", ""))
+    return started is not None and limit is not None and time.time() >= started + limit
+
+
+def _patiently(act: Callable[[], int]) -> int:
+    """Acts until slurmctld answers: a run must not end because Slurm restarts just then."""
+    deadline = time.monotonic() + PATIENCE_WITH_SLURM
+    while True:
+        try:
+            return act()
+        except SlurmError as error:
+            if time.monotonic() > deadline or not re.search(r"contact slurm controller|no answer", str(error)):
+                raise
+            log.warning("%s; trying again", error)
+            time.sleep(5)
+
+
 def _unix(text: str) -> float | None:
     """A time as scontrol shows it (2026-11-23T08:13:06), in Unix seconds; None for Unknown."""
     with contextlib.suppress(ValueError):
@@ -260,7 +282,7 @@ def main() -> int:
             print(prepare_by_hand(options.folder, options.overrides))
             return 0
         batch = Batch(options.folder, options.kind, options.phase)
-        return batch.begin() if options.word == "begin" else batch.end(options.status)
+        return _patiently(batch.begin if options.word == "begin" else lambda: batch.end(options.status))
     except CrystalError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
