@@ -52,11 +52,10 @@ def is_there() -> bool:
 def command(*words: str, timeout: float = 60) -> str:
     """Runs one of Slurm's commands and returns what it printed; raises SlurmError with Slurm's own message."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False)
-    except FileNotFoundError:
-        raise SlurmError(
-            f"{words[0]}: not found; is this machine part of a Slurm cluster, and is it on PATH?"
-        ) from None
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=timeout, check=False)
+    except OSError as error:
+        said = "not found on PATH" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower()
+        raise SlurmError(f"{words[0]}: {said}; is this machine part of a Slurm cluster?") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{words[0]}: no answer in {timeout:.0f} s; is slurmctld up?") from None
     if done.returncode:
@@ -171,6 +170,6 @@ def seconds(text: str) -> int | None:
 
 def _fields(line: str) -> dict[str, str]:
     """`Key=value Key=value`; values may hold blanks, keys are words that begin with a capital."""
-    return {
-        key: value.strip() for key, value in re.findall(r"(?:^|\s)([A-Z][\w/:]*)=(.*?)(?=\s+[A-Z][\w/:]*=|$)", line)
-    }
+    pairs = re.findall(r"(?:^|\s)([A-Z][\w/:]*)=(.*?)(?=\s+[A-Z][\w/:]*=|$)", line)
+    # The first of a name counts: what comes later, such as a comment, may be the user's own text.
+    return {key: value.strip() for key, value in reversed(pairs)}

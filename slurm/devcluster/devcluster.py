@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -24,6 +23,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from processes import (
+    all_processes,
+    die_with_parent,
+    end,
+    free_ports,
+    is_gone,
+    is_listening,
+    parent_of,
+    variable_of,
+    words_of,
+)  # fmt: skip
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge"]
 ACCOUNTING_PACKAGES = ["slurmdbd", "mariadb-server"]
@@ -100,8 +111,10 @@ class ClusterError(Exception):
 class DevCluster:
     """The cluster in a folder; each of its daemons is known by its process id."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tied: bool = False) -> None:
+        """`tied`: the daemons end with this process, whatever ends it."""
         self.folder = folder.resolve()
+        self._tied = tied
         self._children: list[subprocess.Popen[bytes]] = []  # kept: they outlive this process, or are ended by `down`
 
     @property
@@ -138,11 +151,11 @@ class DevCluster:
                 for state in ("PENDING", "RUNNING", "SUSPENDED"):
                     self._command("scancel", "--state", state, "--user", "root")
                 self._wait(lambda: not self._command("squeue", "-h").strip(), "jobs to end", 15)
-        orphans = [pid for pid in _processes() if self._is_ours(pid)]
+        orphans = [pid for pid in all_processes() if self._is_ours(pid)]
         for name, pid in reversed(list(self._alive().items())):
-            _end(pid, signal.SIGKILL if name.startswith("slurmd-") else signal.SIGTERM)
+            end(pid, signal.SIGKILL if name.startswith("slurmd-") else signal.SIGTERM)
         for pid in orphans:  # a step's shepherd and its tasks, where slurmd was killed
-            _end(pid, signal.SIGKILL)
+            end(pid, signal.SIGKILL)
         (self.folder / "processes.json").unlink(missing_ok=True)
         for child in self._children:
             child.wait()
@@ -157,13 +170,13 @@ class DevCluster:
         daemon = self._alive().get(f"slurmd-{name}")
         if daemon is None:
             raise ClusterError(f"no slurmd of node {name} runs")
-        doomed = [pid for pid in _processes() if with_tasks and _variable(pid, "SLURMD_NODENAME") == name]
-        doomed += [pid for pid in _processes() if with_tasks and _parent(pid) == daemon]
+        doomed = [pid for pid in all_processes() if with_tasks and variable_of(pid, "SLURMD_NODENAME") == name]
+        doomed += [pid for pid in all_processes() if with_tasks and parent_of(pid) == daemon]
         for pid in [daemon, *doomed]:
-            _end(pid, signal.SIGKILL)
+            end(pid, signal.SIGKILL)
 
     def _write_configuration(self, names: list[str], gpus: int, accounting: bool, settings: dict[str, int]) -> None:
-        ports = _free_ports(len(names) + 1)
+        ports = free_ports(len(names) + 1)
         lines = []
         for name, port in zip(names, ports[1:], strict=True):
             gres = f" Gres=gpu:{gpus}" if gpus else ""
@@ -201,7 +214,7 @@ class DevCluster:
 
     def _start_accounting(self) -> None:
         data = self.folder / "mariadb"
-        sql_port, dbd_port = _free_ports(2)
+        sql_port, dbd_port = free_ports(2)
         if not data.exists():
             words = ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}", "--skip-test-db"]
             subprocess.run([*words, "--auth-root-authentication-method=normal"], check=True, capture_output=True)
@@ -215,7 +228,7 @@ class DevCluster:
         words += ["--skip-name-resolve", f"--init-file={start_up}", "--innodb-buffer-pool-size=32M"]
         words += ["--innodb-log-file-size=8M", "--innodb-lock-wait-timeout=900"]
         self._start("mariadbd", words)
-        self._wait(lambda: _listening(sql_port), "MariaDB")
+        self._wait(lambda: is_listening(sql_port), "MariaDB")
         conf = self.folder / "slurmdbd.conf"
         conf.write_text(
             SLURMDBD_CONF.format(host=socket.gethostname(), folder=self.folder, dbd_port=dbd_port, sql_port=sql_port)
@@ -223,7 +236,7 @@ class DevCluster:
         conf.chmod(0o600)
         # slurmdbd looks for its configuration beside the file that SLURM_CONF names.
         self._start("slurmdbd", ["slurmdbd", "-D"])
-        self._wait(lambda: _listening(dbd_port), "slurmdbd")
+        self._wait(lambda: is_listening(dbd_port), "slurmdbd")
         self._dbd_port = dbd_port
         # sacctmgr reads slurm.conf for where slurmdbd is, and nothing else of it.
         (self.folder / "slurm.conf").write_text(
@@ -259,6 +272,7 @@ class DevCluster:
                 stderr=log,
                 env={**os.environ, **self.environment},
                 start_new_session=True,  # Ctrl-C in a terminal is not for the daemons
+                preexec_fn=die_with_parent if self._tied else None,
             )
         self._children.append(process)
         processes = self._processes()
@@ -278,12 +292,12 @@ class DevCluster:
 
     def _is_daemon(self, pid: int, name: str) -> bool:
         """Whether a process is still the daemon that was started, and not another one with its number."""
-        words = _words(pid)
-        return bool(words) and Path(words[0]).name == name.partition("-")[0] and not _is_zombie(pid)
+        words = words_of(pid)
+        return bool(words) and Path(words[0]).name == name.partition("-")[0] and not is_gone(pid)
 
     def _is_ours(self, pid: int) -> bool:
-        return _variable(pid, "SLURM_CONF") == self.environment["SLURM_CONF"] and bool(
-            _variable(pid, "SLURM_JOB_ID") or (_words(pid) or [""])[0].startswith("slurmstepd")
+        return variable_of(pid, "SLURM_CONF") == self.environment["SLURM_CONF"] and bool(
+            variable_of(pid, "SLURM_JOB_ID") or (words_of(pid) or [""])[0].startswith("slurmstepd")
         )
 
     def _path(self, name: str) -> str:
@@ -321,71 +335,6 @@ def install(accounting: bool) -> None:
     finally:
         if mine:
             policy.unlink()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports below the range from which the system lends its own."""
-    found: list[int] = []
-    # At random: clusters that start at the same moment must not all find the same ones free.
-    for port in random.sample(range(17000, 32000), 1000):
-        if len(found) == count:
-            break
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-    return found
-
-
-def _listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _processes() -> list[int]:
-    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
-
-
-def _words(pid: int) -> list[str]:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-    return []
-
-
-def _variable(pid: int, name: str) -> str | None:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0"):
-            if line.startswith(f"{name}="):
-                return line.partition("=")[2]
-    return None
-
-
-def _status(pid: int) -> list[str]:
-    """State and parent of a process, as /proc tells them."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    return []
-
-
-def _is_zombie(pid: int) -> bool:
-    return _status(pid)[:1] in ([], ["Z"])
-
-
-def _parent(pid: int) -> int:
-    status = _status(pid)
-    return int(status[1]) if status else 0
-
-
-def _end(pid: int, number: signal.Signals) -> None:
-    """Ends a process by its id; SIGKILL if it has not gone after ten seconds."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-        deadline = time.monotonic() + 10
-        while not _is_zombie(pid):
-            if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
 
 
 def main() -> int:

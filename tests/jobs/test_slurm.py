@@ -269,7 +269,7 @@ def test_a_command_that_hangs_is_given_up(fake: Fake) -> None:
 def test_a_command_that_is_missing_or_not_ours_to_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not slurm.is_there()
-    with pytest.raises(SlurmError, match="^squeue: not found; is this machine part of a Slurm cluster"):
+    with pytest.raises(SlurmError, match="^squeue: not found on PATH; is this machine part of a Slurm cluster"):
         slurm.command("squeue")
     (tmp_path / "squeue").write_text("#!/bin/sh\n")
     with pytest.raises(SlurmError, match="^squeue: "):

@@ -29,7 +29,7 @@ def _started(folder: Path, **settings: Any) -> DevCluster:
         install(settings["accounting"])
     except ClusterError as error:
         pytest.skip(f"a private Slurm needs what could not be installed: {error}")
-    cluster = DevCluster(folder)
+    cluster = DevCluster(folder, tied=True)
     cluster.up(**{"gpus": 2, "grace": 15, "kill_wait": 10, "max_array_size": 6, **settings})
     return cluster
 
