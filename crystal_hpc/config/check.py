@@ -77,6 +77,10 @@ def cluster_problems(cluster: Cluster) -> Iterator[str]:
     """Everything in a cluster profile that cannot work whatever the run."""
     if cluster.signal_delay >= cluster.time_limit:
         yield f"signal_delay: {cluster.signal_delay}s leaves nothing of the time limit of {cluster.time_limit}s"
+    for kind, side in (("stage", cluster.slurm.stage), ("evaluate", cluster.slurm.evaluate)):
+        if side and side.time_limit <= cluster.signal_delay:
+            said = f"{side.time_limit}s is not longer than signal_delay: {cluster.signal_delay}s"
+            yield f"slurm.{kind}.time_limit: {said}"
     if cluster.executor == "local":
         if cluster.nodes != 1:
             yield f"nodes: {cluster.nodes}; the local executor has this machine alone: make it 1, or executor: slurm"

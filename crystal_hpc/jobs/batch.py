@@ -44,7 +44,6 @@ class Batch:
         if phase is not None and phase not in names:
             raise RunError(f"{self.folder}: has no phase {phase!r}; choose from {', '.join(names)}")
         self.job, self.launch = job_of(os.environ)
-        self.id = os.environ["SLURM_JOB_ID"]
         setup_logging(0, self.job, 0)
 
     def begin(self) -> int:
@@ -65,7 +64,7 @@ class Batch:
         self._refuse_unfinished_before()
         if self.kind == "train":
             self._wait_for_others()
-        fields = slurm.job_fields(self.id)
+        fields = slurm.job_fields(self.job)
         ends = _unix(fields.get("EndTime", ""))
         write_launch(self.folder, f"{self.job}.{self.launch}", ends, self.cluster.signal_delay if self.cluster else 120)
         return 0
@@ -88,7 +87,7 @@ class Batch:
         if verdict.next is Next.AGAIN:
             return self._again(nodes_to_exclude(attempts))
         if verdict.next is Next.STOP:
-            submitted.stop(self.folder, verdict.reason, except_for=self.id)
+            submitted.stop(self.folder, verdict.reason, except_for=self.job)
         return 1
 
     def _again(self, excluded: list[str]) -> int:
@@ -96,17 +95,17 @@ class Batch:
         waiting = self._slices()
         if not waiting:
             try:
-                slurm.requeue(self.id)
+                slurm.requeue(self.job)
             except SlurmError as error:
                 if "pending execution" in str(error):
                     return 1  # Slurm has requeued it already
                 reason = f"the job cannot go on by itself: {error}; with resume_by: slices it could"
-                submitted.stop(self.folder, reason, except_for=self.id)
+                submitted.stop(self.folder, reason, except_for=self.job)
                 return 1
         if excluded:
             log.warning("keeping away from %s, which failed this run twice", ", ".join(excluded))
             everywhere = sorted({*excluded, *(self.cluster.slurm.exclude if self.cluster else [])})
-            for job in {self.id if not waiting else waiting[0].array, *submitted.waiting_ids(self.folder)}:
+            for job in {self.job if not waiting else waiting[0].array, *submitted.waiting_ids(self.folder)}:
                 with contextlib.suppress(SlurmError):  # it has just started
                     slurm.exclude_nodes(job, everywhere)
         return 0
@@ -125,15 +124,15 @@ class Batch:
         cancelled = journal.cancel_marker(self.folder).exists()
         running = self._state() == "RUNNING"
         if running and not cancelled and self.launch + 1 < MOST_TRIES_OF_A_SIDE_JOB:
-            slurm.requeue(self.id)
+            slurm.requeue(self.job)
         elif running and not cancelled and self.kind == "stage":
             reason = f"staging of phase {self.phase} failed {self.launch + 1} times; see its log in {self.folder}/logs"
-            submitted.stop(self.folder, reason, except_for=self.id)
+            submitted.stop(self.folder, reason, except_for=self.job)
         return status or 1
 
     def _state(self) -> str:
         """What Slurm says of this job; RUNNING as long as the job may still decide for itself."""
-        fields = slurm.job_fields(self.id)
+        fields = slurm.job_fields(self.job)
         state = fields.get("JobState", "UNKNOWN")
         # Preempted without a grace time, or at the end of its time: where Slurm does not requeue the job, it still can.
         preempted = fields.get("PreemptTime", "None") != "None"
@@ -153,7 +152,7 @@ class Batch:
         if missing:
             reason = f"phase {missing[0]} is not finished, and no job of it is left"
             if self.kind == "train":
-                submitted.stop(self.folder, reason, except_for=self.id)
+                submitted.stop(self.folder, reason, except_for=self.job)
             raise RunError(f"{self.folder}: {reason}; go on with: crystal resume {self.folder}")
 
     def _wait_for_others(self) -> None:
@@ -205,8 +204,8 @@ class Batch:
         return Place("slurm", self.job, self.launch, 0, ranks, 0, os.environ.get("SLURMD_NODENAME"), "")
 
     def _log(self) -> Path:
-        """What srun wrote: this script's own output."""
-        return Path(slurm.job_fields(self.id).get("StdOut", "/dev/null"))
+        """Where srun's own words are: the output of this script, and so of this process."""
+        return Path("/proc/self/fd/2").resolve()
 
 
 def prepare_by_hand(config: Path, overrides: list[str]) -> Path:

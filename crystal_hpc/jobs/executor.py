@@ -5,11 +5,12 @@
 - What sbatch refuses is raised as it said it.
 """
 
+import contextlib
+import io
 import os
 import shlex
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Executor(submitit.SlurmExecutor):  # type: ignore[misc]
             return jobs
 
 
-@contextmanager
+@contextlib.contextmanager
 def _only_mine() -> Iterator[None]:
     """Files made here can be written by their owner alone, whatever the umask: pickles are code."""
     before = os.umask(0o022)
@@ -79,10 +80,11 @@ def _only_mine() -> Iterator[None]:
         os.umask(before)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # where submitit shows them too
+            yield
     except utils.FailedJobError as error:
         said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise SlurmError(said) from error

@@ -24,7 +24,7 @@ DEFAULT_MAX_ARRAY = 1001  # Slurm's, for a dry run where there is none
 
 def check_path(folder: Path) -> None:
     """Raises RunError for a run folder whose path Slurm would read as something else."""
-    if re.search(r"[%\\\x00-\x1f\x7f\ud800-\udfff]", str(folder)):
+    if not str(folder).isprintable() or "%" in str(folder) or "\\" in str(folder):
         raise RunError(f"{str(folder)!r}: Slurm replaces %, \\ and control characters in paths; choose another folder")
 
 
@@ -52,8 +52,14 @@ def start_chain(folder: Path, cluster: Cluster) -> list[Any]:
             jobs += queued
             about = {"kind": link.kind, "phase": link.phase, "slices": link.slices, "dependency": dependency}
             submitted.add_job(folder, {"id": ids[-1], **about})
-    except BaseException:
-        slurm.cancel(ids)
+    except BaseException as failure:
+        try:
+            slurm.cancel(ids)
+        except SlurmError as error:
+            named = ", ".join(ids)
+            raise SlurmError(
+                f"{failure}; jobs {named} could not be taken back ({error}): crystal cancel {folder}"
+            ) from failure
         raise
     return jobs
 

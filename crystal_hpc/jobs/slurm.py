@@ -3,7 +3,7 @@
 Everything that talks to a cluster goes through here. Accounting (sacct) is used where it answers and needed nowhere.
 """
 
-import getpass
+import os
 import re
 import shutil
 import subprocess
@@ -68,7 +68,7 @@ def queue(arrays: Collection[str]) -> list[QueuedJob]:
     """Those of our jobs with these ids (as sbatch gave them) that wait or work; elements of arrays one by one."""
     if not arrays:
         return []
-    text = command("squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%T|%r|%N|%S")
+    text = command("squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format", "%i|%T|%r|%N|%S")
     jobs = [QueuedJob(*line.strip().split("|", 4)) for line in text.splitlines() if line.count("|") >= 4]
     return [job for job in jobs if job.array in arrays]
 

@@ -86,7 +86,7 @@ def _jobs(folder: Path) -> Iterator[str]:
             many = f"{len(waiting)} slices " if len(waiting) > 1 else ""
             yield f"{title}{many}{waiting[0].state.lower()} ({waiting[0].reason})"
         if not mine and (states := [state for name, state in ended.items() if name.partition("_")[0] == job["id"]]):
-            yield f"{title}{states[-1].lower()}"
+            yield f"{title}{', '.join(dict.fromkeys(states)).lower()}"
 
 
 def _attempts(attempts: list[journal.Entry]) -> Iterator[str]:
@@ -135,7 +135,7 @@ def cancel(folder: Path) -> str:
     running = [entry for entry in journal.read_attempts(folder) if entry["outcome"] is None]
     files.make_folder(folder / "attempts")
     files.write_file(journal.cancel_marker(folder), "")  # first: a job that begins just now sees it
-    told = _cancel_queued(folder) if (folder / "jobs.json").exists() else []
+    gone, told = _cancel_queued(folder) if (folder / "jobs.json").exists() else (0, [])
     for entry in running:
         if entry["executor"] == "slurm" and entry["job"] not in told:
             told += _tell(entry["job"])
@@ -143,20 +143,22 @@ def cancel(folder: Path) -> str:
             told.append(entry["job"])
             with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
                 os.kill(pid, signal.SIGTERM)
-    if not told:
-        return f"{folder}: no job is running"
-    return f"told job {', '.join(dict.fromkeys(told))} to save and leave; see: crystal status {folder}"
+    said = [f"took {gone} {'jobs' if gone > 1 else 'job'} out of the queue"] if gone else []
+    if told:
+        said.append(f"told job {', '.join(dict.fromkeys(told))} to save and leave; see: crystal status {folder}")
+    return "; ".join(said) or f"{folder}: no job is running"
 
 
-def _cancel_queued(folder: Path) -> list[str]:
-    """Ids of the jobs that were running, and have been told; those that waited are gone."""
+def _cancel_queued(folder: Path) -> tuple[int, list[str]]:
+    """How many jobs waited, and are gone; ids of those that ran, and have been told."""
     queue = submitted.queued(folder)
-    slurm.cancel({job.array for job in queue if job.state in slurm.WAITING}, waiting_only=True)
+    waiting = {job.array for job in queue if job.state in slurm.WAITING}
+    slurm.cancel(waiting, waiting_only=True)
     told = []
     for job in queue:
         if job.state in slurm.AT_WORK:
             told += _tell(job.job)
-    return told
+    return len(waiting), told
 
 
 def _tell(job: str) -> list[str]:

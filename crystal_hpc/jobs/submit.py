@@ -75,6 +75,7 @@ def is_finished(folder: Path) -> bool:
 def start(folder: Path, cluster: Cluster) -> list[Any]:
     """Submits what is left of a prepared run; returns submitit's jobs. They outlive this process."""
     with files.locked(folder / ".submitting", f"{folder}: is being submitted by another command just now"):
+        _refuse_running(folder)  # again: another command may have been quicker
         submitted.clear(folder)
         return [_start_here(folder, cluster)] if cluster.executor == "local" else queueing.start_chain(folder, cluster)
 

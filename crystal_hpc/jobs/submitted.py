@@ -57,8 +57,8 @@ def stop(folder: Path, reason: str, except_for: str) -> None:
     ]
     files.write_json(folder / "stopped.json", {"reason": reason, "time": time.time(), "attempts": last})
     with contextlib.suppress(SlurmError):
-        mine = slurm.job_fields(except_for).get("ArrayJobId", except_for)
-        slurm.cancel({job.array for job in queued(folder)} - {mine, except_for})
+        mine = except_for.partition("_")[0]
+        slurm.cancel({job.array for job in queued(folder)} - {mine})
         slurm.cancel({mine}, waiting_only=True)
 
 
