@@ -15,8 +15,8 @@ from crystal_hpc import files, load_cluster, load_run
 from crystal_hpc import submit as submit_run
 from crystal_hpc.config.schema import Cluster
 from crystal_hpc.drill.compare import differences
-from crystal_hpc.jobs import journal, slurm, submit, submitted
-from crystal_hpc.jobs.status import cancel, describe_status
+from crystal_hpc.jobs import journal, queueing, slurm, submit, submitted
+from crystal_hpc.jobs.status import cancel, describe_status, log_lines
 from crystal_hpc.report.ledger import check_ledger
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +136,17 @@ def test_a_run_without_progress_stops_with_a_report_and_resumes_when_told(
     assert not (whole.folder / "stopped.json").exists()
 
 
+def test_a_save_that_takes_longer_than_slurm_gives_is_warned_of(
+    devcluster: DevCluster, profile: Profile, story: MakeStory
+) -> None:
+    whole = story(profile())
+    assert queueing.warnings(whole.folder, whole.cluster) == [], "nothing has been measured yet"
+    files.write_json(whole.folder / "attempts" / "0001.json", {"signal_to_durable": 40.0})
+    late, preempted = queueing.warnings(whole.folder, whole.cluster)
+    assert "needed up to 40 s, more than signal_delay: 30s" in late
+    assert "more than partition normal gives a preempted job (GraceTime 15 s + KillWait 10 s)" in preempted
+
+
 def test_a_cancelled_chain_saves_leaves_the_queue_and_is_taken_up_again(
     devcluster: DevCluster, undisturbed: Path, profile: Profile, story: MakeStory
 ) -> None:
@@ -147,6 +158,8 @@ def test_a_cancelled_chain_saves_leaves_the_queue_and_is_taken_up_again(
     last = whole.attempts()[-1]
     assert (last["outcome"], last["signal"]) == ("cancelled", "SIGTERM")
     assert last["last_checkpoint"]["step"] == last["last_step"]["step"] + 1
+    assert any("saved step" in line for line in log_lines(whole.folder, 0, 40, follow=False))
+    assert queueing.warnings(whole.folder, whole.cluster) == [], "it saved in time"
     _, cluster = submit.reopen(whole.folder, None)
     submit.start(whole.folder, cluster)
     whole.wait_until_over()
