@@ -134,6 +134,8 @@ class Batch:
         """What Slurm says of this job; RUNNING as long as the job may still decide for itself."""
         fields = slurm.job_fields(self.job)
         state = fields.get("JobState", "UNKNOWN")
+        if int(fields.get("Restarts", self.launch)) != self.launch:
+            return "REQUEUED"  # a node was lost: Slurm has started the job elsewhere while this script lives on
         # Preempted without a grace time, or at the end of its time: where Slurm does not requeue the job, it still can.
         preempted = fields.get("PreemptTime", "None") != "None"
         return "RUNNING" if state in ("COMPLETING", "TIMEOUT") and (preempted or _is_used_up(fields)) else state

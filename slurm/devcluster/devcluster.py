@@ -170,12 +170,13 @@ class DevCluster:
         daemon = self._alive().get(f"slurmd-{name}")
         if daemon is None:
             raise ClusterError(f"no slurmd of node {name} runs")
-        doomed = [
+        # The shepherds of its steps first: without power, nobody reports how the tasks ended.
+        doomed = [pid for pid in all_processes() if with_tasks and parent_of(pid) == daemon]
+        doomed += [
             pid
             for pid in all_processes()
             if with_tasks and variable_of(pid, "SLURMD_NODENAME") == name and self._is_ours(pid)
         ]
-        doomed += [pid for pid in all_processes() if with_tasks and parent_of(pid) == daemon]
         for pid in [daemon, *doomed]:
             end(pid, signal.SIGKILL)
 

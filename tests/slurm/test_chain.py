@@ -77,7 +77,8 @@ def test_a_script_submitted_by_hand_is_told_that_time_is_up_requeued_and_ends_bi
 def test_three_nodes_of_two_ranks_lose_one_and_go_on_with_the_fourth(
     devcluster: DevCluster, profile: Profile, story: MakeStory, tiny_config: dict[str, Any]
 ) -> None:
-    cluster = profile(nodes=3, ranks_per_node=2)
+    # Without GPUs: slurmctld 22.05 miscounts those of a job that it starts again in the moment a node goes down.
+    cluster = profile(nodes=3, ranks_per_node=2, slurm={"gpus": False})
     parallel = {"micro_batch": 1, "distributed_optimizer": True}
     phase = {**tiny_config["phases"][1], "steps": 200, "batch_size": 12, "checkpoint_every": 20}
     whole = story(cluster, parallel=parallel, phases=[phase], evaluation={"rows": 12})
@@ -144,7 +145,7 @@ def test_a_save_that_takes_longer_than_slurm_gives_is_warned_of(
     files.write_json(whole.folder / "attempts" / "0001.json", {"signal_to_durable": 40.0})
     late, preempted = queueing.warnings(whole.folder, whole.cluster)
     assert "needed up to 40 s, more than signal_delay: 30s" in late
-    assert "more than partition normal gives a preempted job (GraceTime 15 s + KillWait 10 s)" in preempted
+    assert "more than partition normal gives on preemption (GraceTime 15 s + KillWait 10 s)" in preempted
 
 
 def test_a_cancelled_chain_saves_leaves_the_queue_and_is_taken_up_again(
