@@ -31,6 +31,7 @@ OUTCOMES = (
     "code_error",
     "cancelled",
 )
+TOGETHER = 4.0  # seconds in which ranks that wait for the same one give up; less than train.watchdog.MOMENT
 PACKAGES = ("crystal-hpc", "torch", "megatron-core", "transformer-engine", "numpy", "h5py", "submitit", "tokenizers")
 
 Entry = dict[str, Any]
@@ -112,8 +113,10 @@ def first_error(run_folder: Path, job: str, launch: int) -> Entry | None:
 
 
 def silent_nodes(run_folder: Path, entry: Entry) -> list[str]:
-    """Nodes of the ranks that left no note, where others said that they wait for them: the ones that hang."""
-    said = {note["rank"] for note in _notes(run_folder, entry["job"], entry["launch"])}
+    """Nodes of the ranks that hang: they left no note with the others, or only when the end of the job woke them."""
+    notes = _notes(run_folder, entry["job"], entry["launch"])
+    first = min(note["time"] for note in notes)
+    said = {note["rank"] for note in notes if note["time"] < first + TOGETHER}
     return sorted({node for rank, node in enumerate(entry["nodes"]) if rank not in said})
 
 

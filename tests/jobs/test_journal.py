@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from crystal_hpc import files
 from crystal_hpc.jobs import journal
 from crystal_hpc.jobs.place import Place
 
@@ -64,6 +65,15 @@ def test_the_rank_that_failed_first_gives_the_cause(folder: Path) -> None:
     journal.settle(folder)
     (settled,) = journal.read_attempts(folder)
     assert (settled["outcome"], settled["reason"]) == ("out_of_memory", "rank 2: no memory")
+
+
+def test_the_rank_that_says_it_hangs_only_after_the_others_have_given_up_is_the_one_that_hangs(folder: Path) -> None:
+    entry = {"job": "7", "launch": 0, "nodes": ["n1", "n1", "n2", "n3"]}
+    for rank in range(3):
+        journal.note_error(folder, place("7", rank), "node_failure", "no sign of life", hang=True)
+    late = folder / "attempts" / "7.0.rank2.error.json"
+    files.write_json(late, {**files.read_json(late), "time": time.time() + 6})
+    assert journal.silent_nodes(folder, entry) == ["n2", "n3"]
 
 
 def test_a_new_attempt_settles_the_one_before(folder: Path) -> None:
