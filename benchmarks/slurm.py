@@ -100,7 +100,7 @@ def _preemptions(folder: Path, count: int) -> dict[str, Any]:
     recipe.make_data(folder / "data")
     cluster = Cluster.model_validate(
         {
-            "name": "dev", "executor": "slurm", "nodes": 1, "ranks_per_node": 2, "time_limit": 1800,
+            "name": "dev", "executor": "slurm", "nodes": 1, "ranks_per_node": 2, "time_limit": "30min",
             "environment": {"OMP_NUM_THREADS": "1"}, "slurm": {"partition": "normal", "cpus_per_rank": 1},
         }
     )  # fmt: skip

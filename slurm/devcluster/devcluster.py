@@ -73,6 +73,7 @@ SlurmctldTimeout=60
 SlurmdTimeout=10
 KillWait={kill_wait}
 MinJobAge=300
+MaxJobCount=50000
 MaxArraySize={max_array_size}
 GresTypes=gpu
 # Off (the default) on many sites: impossible jobs wait for ever instead of being refused.
