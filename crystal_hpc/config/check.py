@@ -112,6 +112,12 @@ def layout_problems(run: Run, cluster: Cluster) -> Iterator[str]:
             f"of cluster {cluster.name!r}"
         )
         return
+    evaluate = cluster.slurm.evaluate
+    if evaluate and evaluate.ranks % block:
+        yield (
+            f"slurm.evaluate.ranks: {evaluate.ranks} is not a multiple of parallel: tensor x pipeline = {block}, "
+            f"the ranks that the model needs; make it {math.ceil(evaluate.ranks / block) * block}"
+        )
     share = run.parallel.micro_batch * derive.data_parallel(run, cluster.ranks)
     if run.data.held_out and run.evaluation.rows % share:
         yield (

@@ -129,6 +129,14 @@ def test_a_layout_must_fit_the_clusters_ranks() -> None:
     ]
 
 
+def test_an_evaluation_job_needs_as_many_ranks_as_the_model() -> None:
+    run = Run.model_validate(RUN | {"parallel": {"micro_batch": 2, "tensor": 2}})
+    slurm = {"evaluate": {"time_limit": "10min", "ranks": 3}}
+    (said,) = check.layout_problems(run, cluster(executor="slurm", ranks_per_node=4, slurm=slurm))
+    assert said.startswith("slurm.evaluate.ranks: 3 is not a multiple of parallel: tensor x pipeline = 2, the ranks")
+    assert said.endswith("make it 4")
+
+
 def test_the_batch_must_be_shared_evenly_by_the_data_parallel_ranks() -> None:
     assert layout(4) == []
     assert layout(8) == ["phases.0.batch_size: 8 is not a multiple of micro_batch x data-parallel ranks = 16"]
