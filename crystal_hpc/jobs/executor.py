@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import shlex
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,9 +83,11 @@ def _only_mine() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
+    heard = io.StringIO()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # where submitit shows them too
+        with contextlib.redirect_stderr(heard):  # where submitit shows them too
             yield
+        sys.stderr.write(heard.getvalue())  # a site's notices, where sbatch did not refuse
     except utils.FailedJobError as error:
         said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise SlurmError(said) from error
