@@ -34,7 +34,8 @@ from crystal_hpc.config import derive
 from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Run
 from crystal_hpc.data.catalog import STORE_FILE, StoreInfo, digest_of, shard_name
-from crystal_hpc.data.store import TokenStore, read_shard_info, write_shard
+from crystal_hpc.data.shard import Documents, write_shard
+from crystal_hpc.data.store import TokenStore
 from crystal_hpc.files import make_folder, write_json
 from crystal_hpc.log import setup_logging
 from crystal_hpc.model import backend, gpt, parallel
@@ -155,8 +156,9 @@ def _write_store(folder: Path, vocab_size: int) -> None:
     make_folder(folder)
     tokens = np.random.default_rng(1).integers(0, vocab_size, STORE_TOKENS).astype("<u2")
     path = folder / shard_name(0)
-    write_shard(path, tokens, np.array([0, STORE_TOKENS], dtype=np.int64), {})
-    shard = read_shard_info(path)
+    none, one = np.zeros((1, 2), np.uint64), np.zeros(2, np.int64)
+    documents = Documents(np.array([0, STORE_TOKENS], dtype=np.int64), none, none, one, np.zeros(0, np.uint8))
+    shard = write_shard(path, documents, tokens, {})
     info = StoreInfo(
         folder=folder,
         name="random",

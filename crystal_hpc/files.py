@@ -36,18 +36,24 @@ def disk_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # HDF5 and torch wrap the errno of a failed write into their text.
-        reason = _REFUSALS.get(error.errno or 0) or next(
-            (said for code, said in _REFUSALS.items() if os.strerror(code).lower() in str(error).lower()), None
-        )
+        reason = _REFUSALS.get(error.errno or 0) or _refusal_in(error)
         if reason is None:
             raise
         raise DiskError(f"{path}: {reason}") from error
     except RuntimeError as error:
+        reason = _refusal_in(error)
         # torch's archive writer knows no errno: it says that it is not where it should be in the file.
-        if "inline_container" not in str(error) or _has_room(Path(path)):
+        if "inline_container" in str(error) and not _has_room(Path(path)):
+            reason = _REFUSALS[errno.ENOSPC]
+        if reason is None:
             raise
-        raise DiskError(f"{path}: {_REFUSALS[errno.ENOSPC]}") from error
+        raise DiskError(f"{path}: {reason}") from error
+
+
+def _refusal_in(error: Exception) -> str | None:
+    """What to say of an error of HDF5's or torch's, which wrap the errno of a failed write into their text."""
+    said = str(error).lower()
+    return next((reason for code, reason in _REFUSALS.items() if os.strerror(code).lower() in said), None)
 
 
 def _has_room(path: Path, enough: int = 1 << 20) -> bool:

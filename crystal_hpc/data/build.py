@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from crystal_hpc.data.catalog import (
     BUILD_FILE,
@@ -35,7 +36,7 @@ from crystal_hpc.data.corpus import (
     index_corpus,
     read_documents,
 )
-from crystal_hpc.data.store import Tokens, read_shard_info, token_type, write_shard
+from crystal_hpc.data.shard import Documents, Tokens, read_shard_info, token_type, write_shard
 from crystal_hpc.data.tokenizer import Tokenizer
 from crystal_hpc.errors import StoreError
 from crystal_hpc.files import PENDING, disk_errors, make_folder, read_json, write_json
@@ -178,14 +179,23 @@ def build_shard(build: Build, number: int, watch: Watch) -> None:
     dtype = token_type(build.encoder.vocab_size)
     pieces: list[Tokens] = []
     lengths: list[int] = [0]
+    hashes: list[tuple[int, int]] = []
     for texts in _batches(read_documents(build.index, start, stop)):
         watch("encoding", done, total)
         ids = _encode(build, texts)
         pieces.append(np.array(list(chain.from_iterable(ids)), dtype))
         lengths.extend(map(len, ids))
+        hashes.extend(divmod(xxhash.xxh3_128_intdigest(text.encode()), 1 << 64) for text in texts)
         done += sum(len(text.encode()) for text in texts)
     path = build.out / shard_name(number)
-    write_shard(path, np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64), _attributes(build, number))
+    documents = Documents(
+        offsets=np.cumsum(lengths, dtype=np.int64),
+        hashes=np.array(hashes, np.uint64),
+        id_hashes=np.zeros((len(hashes), 2), np.uint64),
+        info_offsets=np.zeros(len(hashes) + 1, np.int64),
+        info=np.zeros(0, np.uint8),
+    )
+    write_shard(path, documents, np.concatenate(pieces), _attributes(build, number))
     watch("encoding", done, total)
 
 
@@ -286,7 +296,7 @@ def _refuse_another(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
 def _is_written(shard: Path) -> bool:
     """Whether a shard is there and whole; one that is damaged is written again."""
     with contextlib.suppress(StoreError):
-        return read_shard_info(shard).tokens > 0
+        return bool(read_shard_info(shard).tokens)
     return False
 
 

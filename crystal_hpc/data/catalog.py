@@ -14,7 +14,7 @@ from typing import Any
 from crystal_hpc.errors import StoreError
 from crystal_hpc.files import read_json
 
-FORMAT = 1
+FORMAT = 2
 STORE_FILE = "store.json"  # the marker: written last, names everything
 BUILD_FILE = "build.json"  # the plan: written first, says what the folder is to become
 TOKENIZER_FILE = "tokenizer.json"
@@ -27,14 +27,16 @@ def shard_name(number: int) -> str:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One HDF5 file of a store: `bytes` is the size of the file, `digest` covers its token blocks and offsets."""
+    """One HDF5 file of a store; see `data.shard`."""
 
     name: str
     documents: int
     tokens: int
     max_token: int
-    bytes: int
-    digest: str
+    bytes: int  # of the file
+    tokens_at: int  # byte of the file at which the tokens begin
+    digests_at: int  # byte of the file at which the digests of their blocks begin
+    digest: str  # of the file but for its tokens, block digests and all
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ class StoreInfo:
     seed: int  # of the shuffle
     bos: int | None  # the id put in front of every document, if any
     eos: int | None  # the id put behind every document, if any
-    rejected: Mapping[str, int]  # corpus lines that were not used, by reason
+    rejected: Mapping[str, int]  # records of the corpus that were not used, by reason
     shards: tuple[ShardInfo, ...]
     digest: str  # of the shards' digests
+    layout: str = "tokens"  # "rows": rows with masks and labels of their own, as Crystal's were published
 
     def as_json(self) -> dict[str, Any]:
         """The content of store.json."""

@@ -1,100 +1,66 @@
-"""Token stores on disk: the layout of a shard, and reading a window of tokens from many shards as from one stream.
+"""Reading a token store: a window of tokens from many shards as from one stream.
 
-Written by `data/build`; read by `data/batches`, which asks for rows that `data/order` names. A shard is an HDF5 file
-with three datasets: `tokens` (1-D, uint16 or uint32, contiguous), `doc_offsets` (int64, documents + 1, in tokens) and
-`digests` (uint8, (blocks, 16): xxh3_128 of each 4 MiB of token bytes). HDF5 is asked only where `tokens` begins; from
-then on reading is a memory map, as fast as a flat file.
+`data/rows` asks it for the rows that `data/order` names. store.json says where in each shard the tokens begin
+(`data/shard`), so reading is a memory map, as fast as a flat file, and HDF5 is asked only about documents. A block of
+tokens is compared with its digest when something of it is read for the first time.
 """
 
-import contextlib
+import mmap
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from crystal_hpc.data.catalog import FORMAT, ShardInfo, StoreInfo, read_store_info, rows
-from crystal_hpc.data.corpus import Progress
+from crystal_hpc.data.catalog import ShardInfo, StoreInfo, read_store_info, rows
+from crystal_hpc.data.shard import BLOCK, REMEDY, Documents, Tokens, damaged, frame_digest, read_documents
 from crystal_hpc.errors import StoreError
-from crystal_hpc.files import write_file
+from crystal_hpc.progress import Progress
 
-BLOCK = 4 << 20  # bytes of tokens under one digest
 MOST_MAPPED = 256  # shards mapped at a time: each map holds a file descriptor, and those are limited
-REMEDY = "delete the file and run the store's build command again to make it anew, or copy the store again"
-
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
-def token_type(vocab_size: int) -> np.dtype[Any]:
-    """The smallest type that holds every id: little-endian uint16 or uint32."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+class _Mapped:
+    """The tokens of one shard, memory-mapped, with the blocks that were found good so far."""
+
+    def __init__(self, path: Path, info: ShardInfo, dtype: np.dtype[Any]) -> None:
+        """Raises StoreError where the file cannot be read, or is not as long as it should be."""
+        try:
+            with open(path, "rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.tokens: Tokens = np.frombuffer(data, dtype, info.tokens, info.tokens_at)
+            blocks = -(-self.tokens.nbytes // BLOCK)
+            self._digests = data[info.digests_at : info.digests_at + 16 * blocks]
+        except FileNotFoundError:
+            raise StoreError(f"{path}: the shard is missing; {REMEDY}") from None
+        except (OSError, ValueError) as error:
+            raise damaged(path, error) from error
+        self.path = path
+        self._bytes = memoryview(data)[info.tokens_at : info.tokens_at + self.tokens.nbytes]
+        self._good = bytearray(blocks)
+
+    def check(self, start: int, stop: int) -> None:
+        """Compares the blocks that hold tokens start..stop-1, and were not yet looked at, with their digests.
+
+        Raises StoreError for a damaged one.
+        """
+        size = self.tokens.itemsize
+        first, last = start * size // BLOCK, (stop * size - 1) // BLOCK
+        if self._good.find(0, first, last + 1) < 0:
+            return
+        for block in range(first, last + 1):
+            if not self._good[block]:
+                found = xxhash.xxh3_128_digest(self._bytes[block * BLOCK : (block + 1) * BLOCK])
+                if found != self._digests[16 * block : 16 * block + 16]:
+                    raise damaged_block(self.path, block, len(self._good))
+                self._good[block] = 1
 
 
-def block_digests(tokens: Tokens) -> npt.NDArray[np.uint8]:
-    """uint8 (blocks, 16): the xxh3_128 of every 4 MiB of a shard's token bytes."""
-    data = tokens.view(np.uint8).data
-    digests = [xxhash.xxh3_128_digest(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
-
-
-def write_shard(
-    path: Path, tokens: Tokens, doc_offsets: npt.NDArray[np.int64], attributes: Mapping[str, int | str]
-) -> None:
-    """Writes one shard under the commit rule; the same arguments give the same bytes. Raises DiskError.
-
-    The file is put together in memory (a shard is bounded) and written in one go: HDF5 does not recover well from a
-    disk that fills up under it.
-    """
-    # A fixed format version, and no times: nothing in the file may depend on when and with what it was written.
-    with h5py.File("shard", "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
-        file.attrs["format"] = FORMAT
-        file.attrs["documents"] = len(doc_offsets) - 1
-        file.attrs["max_token"] = int(tokens.max())
-        for name, value in attributes.items():
-            file.attrs[name] = value
-        file.create_dataset("doc_offsets", data=doc_offsets, dtype="<i8", track_times=False)
-        file.create_dataset("digests", data=block_digests(tokens), track_times=False)
-        file.create_dataset("tokens", data=tokens, track_times=False)
-        file.flush()
-        image = file.id.get_file_image()
-    write_file(path, image)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    """A shard opened for reading. Whatever HDF5 stumbles over in it becomes one StoreError."""
-    try:
-        # Unlocked: many ranks read at once, and some shared file systems refuse locks.
-        with h5py.File(path, "r", locking=False) as file:
-            yield file
-    except FileNotFoundError:
-        raise StoreError(f"{path}: the shard is missing; {REMEDY}") from None
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise StoreError(f"{path}: the shard is damaged or cannot be read ({_one_line(error)}); {REMEDY}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def read_shard_info(path: Path) -> ShardInfo:
-    """What store.json says of a shard, taken from the shard itself; raises StoreError for a damaged one."""
-    with _opened(path) as file:
-        digest = xxhash.xxh3_128(file["digests"][:].tobytes())
-        digest.update(file["doc_offsets"][:].tobytes())
-        return ShardInfo(
-            name=path.name,
-            documents=int(file.attrs["documents"]),
-            tokens=len(file["tokens"]),
-            max_token=int(file.attrs["max_token"]),
-            bytes=path.stat().st_size,
-            digest=digest.hexdigest(),
-        )
+def damaged_block(path: Path, block: int, blocks: int) -> StoreError:
+    """What to say of a block of tokens that is not what its digest says."""
+    return StoreError(f"{path}: block {block} of {blocks} of the tokens is damaged; {REMEDY}")
 
 
 class TokenStore:
@@ -104,21 +70,23 @@ class TokenStore:
     Cheap to pickle: a worker process maps the shards for itself.
     """
 
-    def __init__(self, info: StoreInfo) -> None:
+    def __init__(self, info: StoreInfo, check: bool = True) -> None:
+        """With `check`, a block of tokens is compared with its digest when it is first read."""
         self.info = info
+        self._check = check
         self.tokens = info.tokens
         self._ends = list(accumulate(shard.tokens for shard in info.shards))
         self._document_ends = list(accumulate(shard.documents for shard in info.shards))
-        self._begins: dict[int, int] = {}  # shard number -> byte at which its tokens begin
-        self._maps: dict[int, Tokens] = {}
+        self._dtype = np.dtype(info.dtype).newbyteorder("<")
+        self._maps: dict[int, _Mapped] = {}
 
     @classmethod
-    def open(cls, folder: Path) -> "TokenStore":
+    def open(cls, folder: Path, check: bool = True) -> "TokenStore":
         """Opens the store in a folder. Raises StoreError for one that is missing, half-written or incomplete."""
-        return cls(read_store_info(Path(folder)))
+        return cls(read_store_info(Path(folder)), check)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenStore, (self.info,)
+        return TokenStore, (self.info, self._check)
 
     def rows(self, sequence_length: int) -> int:
         """How many rows of `sequence_length` inputs and as many labels the store yields."""
@@ -131,67 +99,68 @@ class TokenStore:
         return self.read(number * sequence_length, sequence_length + 1)
 
     def read(self, start: int, count: int) -> Tokens:
-        """(count,) tokens of the stream from `start` on, across shards where need be. Raises IndexError outside it."""
+        """(count,) tokens of the stream from `start` on, across shards where need be.
+
+        Raises IndexError outside of it, StoreError for a damaged block.
+        """
         if start < 0 or count < 0 or start + count > self.tokens:
             raise IndexError(f"tokens {start}..{start + count} of {self.tokens}")
         pieces = []
         shard = bisect_right(self._ends, start)
         while count > 0:
             begin = start - (self._ends[shard] - self.info.shards[shard].tokens)
-            piece = self._mapped(shard)[begin : begin + count]
+            mapped = self._mapped(shard)
+            piece = mapped.tokens[begin : begin + count]
+            if self._check:
+                mapped.check(begin, begin + len(piece))
             pieces.append(piece)
             start, count, shard = start + len(piece), count - len(piece), shard + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.info.dtype), *pieces])
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self._dtype), *pieces])
 
     def document(self, number: int) -> Tokens:
         """The tokens of document `number` in the shuffled order, with its BOS and EOS. Raises IndexError outside."""
+        start, stop = self.document_span(number)
+        return self.read(start, stop - start)
+
+    def document_span(self, number: int) -> tuple[int, int]:
+        """Where document `number` begins and ends in the stream of tokens. Raises IndexError outside."""
         if not 0 <= number < self.info.documents:
             raise IndexError(f"document {number} of {self.info.documents}")
         shard = bisect_right(self._document_ends, number)
         place = number - (self._document_ends[shard] - self.info.shards[shard].documents)
-        with _opened(self._path(shard)) as file:
-            begin, end = file["doc_offsets"][place : place + 2]
-        return self._mapped(shard)[begin:end]
+        begin, end = read_documents(self.path(shard), place, place + 1).offsets.tolist()
+        before = self._ends[shard] - self.info.shards[shard].tokens
+        return before + begin, before + end
+
+    def documents(self, shard: int) -> Documents:
+        """What a shard says of its documents; offsets count from its own first token. Raises StoreError."""
+        return read_documents(self.path(shard))
 
     def check_digests(self, on_progress: Progress | None = None) -> None:
-        """Reads every token and compares with the digests. Raises StoreError with the first damaged block."""
+        """Reads every byte and compares with the digests. Raises StoreError with the first damaged block."""
         done = 0
         for number, shard in enumerate(self.info.shards):
-            path = self._path(number)
-            if read_shard_info(path) != shard:
-                raise StoreError(f"{path}: not the shard that store.json describes; {REMEDY}")
-            with _opened(path) as file:
-                expected = file["digests"][:]
-            found = block_digests(self._mapped(number))
-            damaged = np.flatnonzero((found != expected).any(axis=1))
-            if len(damaged):
-                raise StoreError(f"{path}: block {damaged[0]} of {len(found)} of the tokens is damaged; {REMEDY}")
+            self.check_shard(number)
             done += shard.tokens
             if on_progress:
                 on_progress("checking", done, self.tokens)
 
-    def _path(self, shard: int) -> Path:
+    def check_shard(self, number: int) -> None:
+        """Reads every byte of one shard. Raises StoreError with the first damaged block."""
+        path, shard = self.path(number), self.info.shards[number]
+        mapped = self._mapped(number)
+        frame = frame_digest(path, shard.tokens_at, mapped.tokens.nbytes)
+        if path.stat().st_size != shard.bytes or frame != shard.digest:
+            raise StoreError(f"{path}: damaged around its tokens, or not the shard that store.json describes; {REMEDY}")
+        mapped.check(0, shard.tokens)
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
         return self.info.folder / self.info.shards[shard].name
 
-    def _mapped(self, shard: int) -> Tokens:
-        """A shard's tokens, memory-mapped."""
+    def _mapped(self, shard: int) -> _Mapped:
         if shard not in self._maps:
             if len(self._maps) >= MOST_MAPPED:
                 self._maps.pop(next(iter(self._maps)))  # the oldest; arrays handed out keep their map alive
-            self._maps[shard] = self._map(shard)
+            self._maps[shard] = _Mapped(self.path(shard), self.info.shards[shard], self._dtype)
         return self._maps[shard]
-
-    def _map(self, shard: int) -> Tokens:
-        path, info = self._path(shard), self.info.shards[shard]
-        if shard not in self._begins:
-            with _opened(path) as file:
-                dataset = file["tokens"]
-                if dataset.dtype != self.info.dtype or dataset.shape != (info.tokens,) or dataset.chunks:
-                    raise ValueError("its tokens are not of the recorded type and length")
-                self._begins[shard] = dataset.id.get_offset()
-        try:
-            return np.memmap(path, self.info.dtype, "r", self._begins[shard], (info.tokens,))
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"{path}: the shard is damaged or cannot be read ({_one_line(error)}); {REMEDY}"
-            ) from error

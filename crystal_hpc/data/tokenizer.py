@@ -10,12 +10,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from crystal_hpc.data import engine
 from crystal_hpc.data.catalog import TOKENIZER_FILE, read_tokenizer_json, tokenizer_identity
 from crystal_hpc.data.corpus import CorpusIndex, Progress, index_corpus, read_documents
 from crystal_hpc.errors import StoreError
@@ -76,12 +79,11 @@ class Tokenizer:
     def __init__(self, value: dict[str, Any], where: str) -> None:
         """From the content of a tokenizer.json; `where` is named in errors. Raises StoreError."""
         try:
-            self._engine = tokenizers.Tokenizer.from_str(json.dumps(value))
-        except Exception as error:  # the engine raises the bare Exception
+            self._reference = engine.Tokenizers(value)
+        except Exception as error:  # the library raises the bare Exception
             raise StoreError(f"{where}: not a usable {TOKENIZER_FILE} ({error})") from error
-        self._engine.encode_special_tokens = True
-        self._engine.no_truncation()
-        self._engine.no_padding()
+        self._value = value
+        self._engines: dict[bool, engine.Engine] = {}
         self.fingerprint, self.vocab_size = tokenizer_identity(value)
         self.bos = self._first_id(_BOS_NAMES, "begin", where)
         self.eos = self._first_id(_EOS_NAMES, "end", where)
@@ -90,6 +92,20 @@ class Tokenizer:
     def load(cls, path: Path) -> "Tokenizer":
         """Loads a Hugging Face tokenizer.json, or the one in a folder. Raises StoreError where that cannot be done."""
         return cls(read_tokenizer_json(path), str(path))
+
+    def choose_engine(self, name: str | None = None, samples: Sequence[str] = ()) -> engine.Proof:
+        """Encodes with the engine of that name from now on, or with the fastest that proves identical on the samples.
+
+        Without this call, the fastest on the hostile strings of `data.engine`. Raises StoreError."""
+        self._engines[False], proof = engine.named(self._value, name, samples)
+        self._engines.pop(True, None)
+        return proof
+
+    def _engine(self, inside: bool) -> engine.Engine:
+        if inside not in self._engines:
+            value = engine.for_inside(self._value) if inside else self._value
+            self._engines[inside] = engine.fastest(value)[0]
+        return self._engines[inside]
 
     def _first_id(self, names: Sequence[str], what: str, where: str) -> int:
         for name in names:
@@ -102,7 +118,7 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int | None:
         """The id of a token given by its exact name, such as "<|fim_prefix|>"; None where there is none."""
-        found: int | None = self._engine.token_to_id(token)
+        found: int | None = self._reference.library.token_to_id(token)
         return found
 
     def encode(self, text: str) -> list[int]:
@@ -110,12 +126,26 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of many texts, without BOS and EOS; uses all cores."""
-        return [encoding.ids for encoding in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """The ids of many texts, without BOS and EOS."""
+        ids, offsets = self.encode_flat(texts)
+        return [ids[start:stop].tolist() for start, stop in pairwise(offsets.tolist())]
+
+    def encode_flat(self, texts: Sequence[str], inside: bool = False) -> tuple[engine.Ids, engine.Offsets]:
+        """The ids of many texts one after another, uint32 (total,), and where each begins, int64 (len(texts) + 1,).
+
+        With `inside`, the texts stand in the middle of documents: the blank that LLaMA's tokenizer puts in front of a
+        document is left out, so the ids of two parts of a text, the second `inside`, decode to the text.
+        """
+        return self._engine(inside).encode(texts)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes | None]:
+        """What each id stands for in a text, in UTF-8; None for special tokens."""
+        return engine.token_bytes(self._value, self.vocab_size)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids, special tokens spelled out."""
-        text: str = self._engine.decode(list(ids), skip_special_tokens=False)
+        text: str = self._reference.library.decode(list(ids), skip_special_tokens=False)
         return text
 
 
@@ -168,8 +198,8 @@ def _alphabet(index: CorpusIndex, most: int, on_progress: Progress | None) -> li
 def _train_model(index: CorpusIndex, vocab_size: int, on_progress: Progress | None) -> dict[str, Any]:
     """The `model` part of a tokenizer.json, with vocabulary and merges."""
     alphabet = _alphabet(index, vocab_size // 8, on_progress)
-    engine = tokenizers.Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True))
-    engine.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated")
+    library = tokenizers.Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True))
+    library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated")
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -180,25 +210,25 @@ def _train_model(index: CorpusIndex, vocab_size: int, on_progress: Progress | No
         max_token_length=LONGEST_TOKEN,
         show_progress=False,
     )
-    engine.train_from_iterator(_texts(index, "learning merges", on_progress), trainer)
-    model: dict[str, Any] = json.loads(engine.to_str())["model"]
+    library.train_from_iterator(_texts(index, "learning merges", on_progress), trainer)
+    model: dict[str, Any] = json.loads(library.to_str())["model"]
     return model
 
 
 def _assemble(model: dict[str, Any]) -> tokenizers.Tokenizer:
     """The finished tokenizer. The byte tokens are part of the model only: as added tokens they would match in text."""
     merges = [tuple(pair) for pair in model["merges"]]
-    engine = tokenizers.Tokenizer(
+    library = tokenizers.Tokenizer(
         models.BPE(vocab=model["vocab"], merges=merges, unk_token=UNK, byte_fallback=True, fuse_unk=True)
     )
-    engine.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated")
-    engine.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    engine.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+    library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated")
+    library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    library.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
     # As LLaMA's and Crystal's: transformers puts BOS in front, like every document in training. Encode above does not.
-    engine.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, engine.token_to_id(BOS))]
+    library.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, library.token_to_id(BOS))]
     )
-    return engine
+    return library
 
 
 def _transformers_config() -> dict[str, Any]:

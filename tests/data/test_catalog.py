@@ -68,8 +68,8 @@ def test_a_half_written_store_says_how_far_it_is(store: StoreInfo) -> None:
 
 def test_a_store_of_another_format_is_refused(store: StoreInfo) -> None:
     marker = store.folder / "store.json"
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 2}))
-    with pytest.raises(StoreError, match="store format 2, but this version reads format 1"):
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 1}))
+    with pytest.raises(StoreError, match="store format 1, but this version reads format 2"):
         read_store_info(store.folder)
 
 

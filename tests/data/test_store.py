@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,15 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crystal_hpc.data import store as module
 from crystal_hpc.data.build import build_store
 from crystal_hpc.data.catalog import ShardInfo, StoreInfo, digest_of
-from crystal_hpc.data.store import BLOCK, TokenStore, read_shard_info, write_shard
+from crystal_hpc.data.shard import BLOCK, Documents, read_shard_info, shuffle_keys, write_shard
+from crystal_hpc.data.store import TokenStore
 from crystal_hpc.errors import StoreError
 
 
@@ -81,20 +85,15 @@ def test_what_is_out_of_range_is_an_index_error(many: TokenStore) -> None:
         many.document(120)
 
 
-def test_opening_opens_no_shard(info: StoreInfo, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[Path] = []
-    real = h5py.File
+def test_opening_opens_no_shard_and_reading_asks_hdf5_nothing(info: StoreInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("HDF5 was asked")
 
-    def note(path: Path, *args: Any, **more: Any) -> h5py.File:
-        opened.append(path)
-        return real(path, *args, **more)
-
-    monkeypatch.setattr(h5py, "File", note)
+    monkeypatch.setattr(h5py, "File", refuse)
     store = TokenStore.open(info.folder)
-    assert not opened
-    store.read(0, 10)
+    assert not store._maps
     store.read(0, info.shards[0].tokens)
-    assert opened == [info.folder / info.shards[0].name]
+    assert list(store._maps) == [0]
 
 
 def test_only_so_many_files_are_held_open(
@@ -153,23 +152,64 @@ def test_a_flipped_bit_is_found_and_named_with_a_remedy_that_works(
     TokenStore.open(info.folder).check_digests()
 
 
-@pytest.mark.parametrize("dataset", ["digests", "doc_offsets"])
+@pytest.mark.parametrize("dataset", ["digests", "doc_offsets", "doc_hashes", "id_hashes", "info_offsets", "superblock"])
 def test_damage_beside_the_tokens_is_found_too(info: StoreInfo, dataset: str) -> None:
     path = info.folder / info.shards[2].name
-    flip(path, offset_of(path, dataset) + 3)
-    with pytest.raises(StoreError, match=r"shard-00002.h5: not the shard that store.json describes"):
+    flip(path, 20 if dataset == "superblock" else offset_of(path, dataset) + 3)
+    with pytest.raises(
+        StoreError, match=r"shard-00002.h5: damaged around its tokens, or not the shard that store.json"
+    ):
         TokenStore.open(info.folder).check_digests()
 
 
-def test_a_damaged_block_in_a_large_shard_is_named(tmp_path: Path) -> None:
-    tokens = np.arange(3 * BLOCK // 2, dtype="<u2")  # three blocks of bytes
+def test_every_single_byte_of_a_shard_is_covered(info: StoreInfo) -> None:
+    path, shard = info.folder / info.shards[0].name, info.shards[0]
+    for position in [*range(0, shard.bytes, 997), shard.bytes - 1]:
+        flip(path, position)
+        with pytest.raises(StoreError, match=r"shard-00000.h5: (damaged around|block 0 of)"):
+            TokenStore(info).check_digests()
+        flip(path, position)
+    TokenStore(info).check_digests()
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> TokenStore:
+    """One shard of three blocks, the last of them half full."""
     path = tmp_path / "shard-00000.h5"
-    write_shard(path, tokens, np.array([0, len(tokens)]), {})
-    shard = read_shard_info(path)
-    assert (shard.tokens, shard.documents, shard.max_token) == (len(tokens), 1, 65535)
-    flip(path, offset_of(path, "tokens") + 2 * BLOCK + 5)
+    shard = write_one(path, np.arange(5 * BLOCK // 4) % 65536)
+    assert shard == read_shard_info(path)
+    assert (shard.documents, shard.max_token) == (1, 65535) and shard.tokens_at % 4096 == 0
+    return TokenStore(store_of(tmp_path, shard))
+
+
+def write_one(path: Path, tokens: npt.NDArray[Any], dtype: str = "<u2") -> ShardInfo:
+    """A shard of one document."""
+    none, one = np.zeros((1, 2), np.uint64), np.zeros(2, np.int64)
+    documents = Documents(np.array([0, len(tokens)]), none, none, one, np.zeros(0, np.uint8))
+    return write_shard(path, documents, tokens.astype(dtype), {})
+
+
+def test_a_damaged_block_is_found_when_it_is_first_read_and_only_then(large: TokenStore) -> None:
+    flip(large.path(0), large.info.shards[0].tokens_at + 2 * BLOCK + 5)
+    assert large.read(0, BLOCK).tolist() == list(range(BLOCK))  # the first two blocks are good
+    with pytest.raises(StoreError, match="block 2 of 3 of the tokens is damaged; delete the file and"):
+        large.read(BLOCK - 1, 2)
     with pytest.raises(StoreError, match="block 2 of 3"):
-        TokenStore(store_of(tmp_path, shard)).check_digests()
+        large.check_digests()
+
+
+def test_without_checks_a_damaged_block_is_read_as_it_is(large: TokenStore) -> None:
+    flip(large.path(0), large.info.shards[0].tokens_at)
+    assert TokenStore(large.info, check=False).read(0, 2).tolist() == [1, 1]
+
+
+def test_each_block_is_looked_at_once(large: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    real = xxhash.xxh3_128_digest
+    monkeypatch.setattr(module.xxhash, "xxh3_128_digest", lambda data: looked.append(len(data)) or real(data))
+    for start in (10, 5, 0, BLOCK // 2 - 1, 10):
+        large.read(start, 2)
+    assert looked == [BLOCK, BLOCK]
 
 
 def store_of(folder: Path, shard: ShardInfo) -> StoreInfo:
@@ -192,25 +232,13 @@ def store_of(folder: Path, shard: ShardInfo) -> StoreInfo:
     )
 
 
-def damage(path: Path, how: str) -> None:
-    """Damages a shard without changing its size, so that only HDF5 can notice."""
-    size = path.stat().st_size
-    if how == "truncated":
-        os.truncate(path, size // 2)
-        os.truncate(path, size)
-        flip(path, 9)
-    elif how == "zeroed":
-        path.write_bytes(bytes(size))
-    elif how == "other":
-        path.write_bytes(b"not HDF5 at all".ljust(size))
-
-
-@pytest.mark.parametrize("how", ["truncated", "zeroed", "other"])
-def test_a_shard_that_hdf5_cannot_read_is_a_store_error(info: StoreInfo, how: str) -> None:
-    damage(info.folder / info.shards[0].name, how)
+@pytest.mark.parametrize("content", [bytes, lambda size: b"not HDF5 at all".ljust(size)])
+def test_a_shard_that_is_something_else_is_a_store_error(info: StoreInfo, content: Any) -> None:
+    path = info.folder / info.shards[0].name
+    path.write_bytes(content(path.stat().st_size))
     store = TokenStore.open(info.folder)
     for use in (lambda: store.read(0, 5), lambda: store.document(0), store.check_digests):
-        with pytest.raises(StoreError, match=r"shard-00000.h5: the shard is damaged or cannot be read") as caught:
+        with pytest.raises(StoreError, match="damaged") as caught:
             use()
         assert "\n" not in str(caught.value)
 
@@ -226,7 +254,34 @@ def test_a_shard_that_vanishes_or_shrinks_after_opening_is_a_store_error(info: S
 
 
 def test_a_shard_of_another_type_is_refused(info: StoreInfo) -> None:
-    path = info.folder / info.shards[0].name
-    write_shard(path, np.zeros(10, "<u4"), np.array([0, 10]), {})
-    with pytest.raises(StoreError, match="not of the recorded type and length"):
+    write_one(info.folder / info.shards[0].name, np.zeros(10), "<u4")
+    with pytest.raises(StoreError, match="damaged"):
         TokenStore(info).read(0, 5)
+
+
+def test_a_disk_that_fills_up_under_a_shard_leaves_nothing_behind(tmp_path: Path) -> None:
+    program = (
+        "import resource, sys\nimport numpy as np\nfrom pathlib import Path\nfrom crystal_hpc.errors import DiskError\n"
+        "from crystal_hpc.data.shard import Documents, write_shard\n"
+        "none, one = np.zeros((1, 2), np.uint64), np.zeros(2, np.int64)\n"
+        "documents = Documents(np.array([0, 10**6]), none, none, one, np.zeros(0, np.uint8))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))\n"
+        "try:\n    write_shard(Path(sys.argv[1]), documents, np.zeros(10**6, '<u2'), {})\n"
+        "except DiskError as error:\n    sys.exit(f'told: {error}')\n"
+    )
+    for limit in (0, 100, 5000, 20_000, 1_000_000):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", program, str(tmp_path / "shard.h5"), str(limit)],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.stderr.startswith(f"told: {tmp_path / 'shard.h5'}: the file is larger than"), done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20, unique=True), st.integers(0, 2**64 - 1))
+@settings(max_examples=50, deadline=None, database=None)
+def test_shuffle_keys_tell_documents_apart_and_change_with_the_seed(values: list[int], seed: int) -> None:
+    hashes = np.array([[value, value // 3] for value in values], np.uint64)
+    keys = shuffle_keys(hashes, seed)
+    assert len(set(map(tuple, keys.tolist()))) == len(values)
+    assert (keys[:, 0] != shuffle_keys(hashes, seed ^ 1)[:, 0]).all()
