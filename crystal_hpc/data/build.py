@@ -26,7 +26,7 @@ from crystal_hpc.data.catalog import (
     read_store_info,
     shard_name,
 )
-from crystal_hpc.data.corpus import (
+from crystal_hpc.data.corpus_index import (
     MOST_REJECTED,
     CorpusIndex,
     Document,

@@ -15,7 +15,7 @@ import pytest
 from crystal_hpc import files
 from crystal_hpc.data.build import build_store, shard_bounds
 from crystal_hpc.data.catalog import StoreInfo, read_store_info
-from crystal_hpc.data.corpus import index_corpus, read_documents
+from crystal_hpc.data.corpus_index import index_corpus, read_documents
 from crystal_hpc.data.store import TokenStore
 from crystal_hpc.data.tokenizer import Tokenizer
 from crystal_hpc.errors import DiskError, StoreError
