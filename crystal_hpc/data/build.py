@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,8 +33,8 @@ from crystal_hpc.data.catalog import (
 )
 from crystal_hpc.data.corpus import LONGEST, MOST_REJECTED, Document, Fields, Unit, list_units, read_unit
 from crystal_hpc.data.tokenizer import Tokenizer
-from crystal_hpc.data.work import claimed
-from crystal_hpc.data.worker import PARTS, Worker
+from crystal_hpc.data.work import SECONDS_BETWEEN_LOOKS, claimed
+from crystal_hpc.data.worker import LOCKS, PARTS, Worker
 from crystal_hpc.errors import StoreError
 from crystal_hpc.files import PENDING, disk_errors, make_folder, read_json, remove_folder, write_json
 from crystal_hpc.progress import Progress
@@ -104,10 +105,11 @@ def build_store(
 ) -> StoreInfo | None:
     """Encodes a corpus into a token store at `out`, documents shuffled by (seed, text).
 
-    `inputs` are files and folders (`data.corpus`), `tokenizer` is a tokenizer.json or its folder. `workers` processes of
-    this machine take part; `place` is this process's (number, count) among others that were started with the same
-    command. Run again after a crash it goes on from what is finished; after completion it returns at once. Once
-    `should_stop` says yes, None is returned, and the next run goes on.
+    `inputs` are files and folders (`data.corpus`), `tokenizer` is a tokenizer.json or its folder. `workers` processes
+    of this machine take part; `place` is this process's (number, count) among others started with the same command.
+
+    Run again after a crash it goes on from what is finished; after completion it returns at once. Once `should_stop`
+    says yes, None is returned, and the next run goes on.
 
     Raises StoreError for a bad corpus or tokenizer, and when `out` holds a store from another corpus or other settings
     (`fresh` deletes that first); DiskError when the disk refuses.
@@ -124,20 +126,37 @@ def build_store(
     encoder = Tokenizer.load(tokenizer)
     units = list_units(inputs, unit_bytes=_unit_bytes(inputs, options), format=options.format)
     plan = _plan(inputs, out, tokenizer, encoder, units, options)
-    make_folder(out)
-    with claimed(out / ".building") as first:
-        if fresh and place == (0, 1) and first:
-            _remove_store(out)
-        if (found := _found(out, plan)) and (finished := _finished(out)):
-            return finished
-        if not found:
-            proof = encoder.choose_engine(options.engine, list(_samples(units, options.fields)))
-            write_json(out / BUILD_FILE, plan | {"engine": asdict(proof)})
+    if fresh and place[1] > 1:
+        raise StoreError(f"{out}: --fresh is for one process, and {place[1]} were started; delete the folder first")
+    if fresh:
+        _remove_store(out)
     try:
+        if finished := _begin(out, plan, encoder, units, options, watch):
+            return finished
         with _helpers(out, min(workers, len(units)) - 1):
-            return Worker(out, encoder, units, options.most_rejected, place, watch).run()
+            return Worker(out, encoder, units, place, watch).run()
     except Stopped:
         return None
+
+
+def _begin(
+    out: Path, plan: dict[str, Any], encoder: Tokenizer, units: Sequence[Unit], options: Options, watch: Progress
+) -> StoreInfo | None:
+    """Commits build.json, whoever comes first; the store if it is complete. Raises StoreError where another is."""
+    _found(out, plan)  # before anything is made
+    locks = make_folder(out / PARTS / LOCKS)
+    while True:
+        with claimed(locks / "plan.lock") as mine:
+            if mine:
+                old = _found(out, plan)
+                if old and (finished := _finished(out)):
+                    return finished
+                (out / STORE_FILE).unlink(missing_ok=True)  # of a store that has lost a shard
+                proof = old.get("engine") or asdict(encoder.choose_engine(options.engine, [*_samples(units, options)]))
+                write_json(out / BUILD_FILE, {**old, **plan, "engine": proof})
+                return None
+        watch("waiting for others", 0, 1)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def help_build(out: Path) -> None:
@@ -152,7 +171,7 @@ def help_build(out: Path) -> None:
     encoder = Tokenizer.load(Path(plan["tokenizer_path"]))
     units = list_units([Path(path) for path in plan["paths"]], unit_bytes=plan["unit_bytes"], format=plan["kind"])
     with contextlib.suppress(Stopped, StoreError):  # what is wrong, the one that began finds out for itself
-        Worker(out, encoder, units, 1.0, (0, 1), watch).help()
+        Worker(out, encoder, units, (0, 1), watch).run()
 
 
 @contextlib.contextmanager
@@ -206,6 +225,7 @@ def _plan(
         "held_out": options.held_out,
         "fields": asdict(options.fields),
         "longest": options.longest,
+        "most_rejected": options.most_rejected,
         "kind": options.format,
         "unit_bytes": _unit_bytes(inputs, options),
         "paths": sorted(str(Path(path).resolve()) for path in inputs),
@@ -213,11 +233,11 @@ def _plan(
     }
 
 
-def _samples(units: Sequence[Unit], fields: Fields) -> Iterator[str]:
+def _samples(units: Sequence[Unit], options: Options) -> Iterator[str]:
     """Some documents from different places of the corpus."""
     for unit in units[:: max(1, len(units) // SAMPLE_UNITS)]:
         left = SAMPLE_CHARACTERS
-        for item, _ in read_unit(unit, fields, longest=LONGEST):
+        for item, _ in read_unit(unit, options.fields, longest=options.longest):
             if isinstance(item, Document):
                 yield item.text[:left]
                 left -= len(item.text)
@@ -225,8 +245,8 @@ def _samples(units: Sequence[Unit], fields: Fields) -> Iterator[str]:
                 break
 
 
-def _found(out: Path, plan: dict[str, Any]) -> bool:
-    """Whether this build was begun before; raises StoreError when `out` holds another."""
+def _found(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan at `out` where this build was begun before, else {}; raises StoreError when `out` holds another."""
     remedy = "choose another folder, or build afresh (--fresh), which deletes what is there"
     try:
         old = read_json(out / BUILD_FILE)
@@ -234,13 +254,14 @@ def _found(out: Path, plan: dict[str, Any]) -> bool:
     except FileNotFoundError:
         if (out / STORE_FILE).exists():
             raise StoreError(f"{out}: holds a store without its {BUILD_FILE}; {remedy}") from None
-        return False
+        return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{out / BUILD_FILE}: not a build plan of this version ({error!r}); {remedy}") from error
     different = [_difference(words, was, now) for words, (was, now) in pairs.items() if was != now]
     if different:
         raise StoreError(f"{out}: holds a store, perhaps unfinished, with {', '.join(different)}; {remedy}")
-    return True
+    found: dict[str, Any] = old
+    return found
 
 
 def _difference(words: str, was: Any, now: Any) -> str:

@@ -37,7 +37,7 @@ class Division:
 
     @property
     def shards(self) -> int:
-        return self.cuts.shape[1] - 1
+        return int(self.cuts.shape[1]) - 1
 
     def repeated_in(self, part: int) -> Integers:
         """Numbers of the documents of a part that are left out."""
@@ -56,9 +56,7 @@ class Division:
             return cls(found["cuts"], int(found["held_out"]), found["repeated"])
 
 
-def divide(
-    parts: Sequence[Path], seed: int, shard_tokens: int, held_out: float, look: Callable[[], None]
-) -> Division:
+def divide(parts: Sequence[Path], seed: int, shard_tokens: int, held_out: float, look: Callable[[], None]) -> Division:
     """Divides the documents of all parts into shards. `look` is called at every part, and may raise.
 
     Shard k of a store begins with the document that holds token k * shard_tokens of it; a document that holds several

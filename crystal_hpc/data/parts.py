@@ -1,4 +1,4 @@
-"""The first half of a build: each unit of a corpus is read, encoded, and written as parts, which are shards of their own.
+"""The first half of a build: each unit of a corpus is read, encoded, and written as parts, small shards of their own.
 
 Between `corpus` and `merge` in the flow of a token. A part holds what fits into memory, sorted by shuffle key; beside
 it lies its account, part-*.json, written last: what was read, accepted and rejected. A unit that was cut short goes on
@@ -7,6 +7,7 @@ behind its finished parts.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import orjson
 import xxhash
 
-from crystal_hpc.data.corpus import BLANK, Document, Fields, Rejected, Rejections, Unit, read_unit
+from crystal_hpc.data.corpus import Document, Fields, Rejected, Rejections, Unit, read_unit
 from crystal_hpc.data.shard import Documents, Tokens, token_type, write_shard
 from crystal_hpc.data.sorting import in_order
 from crystal_hpc.data.tokenizer import Tokenizer
@@ -69,12 +70,21 @@ class Encoding:
     bos: int | None
     eos: int | None
     longest: int
-    part_tokens: int = PART_TOKENS
+
+    @property
+    def ends(self) -> tuple[int | None, int | None]:
+        """The ids before and behind each document."""
+        return self.bos, self.eos
 
 
 def unit_name(unit: Unit) -> str:
     """Names a unit's parts: another file, another time of change or another cut gives another name."""
     return f"part-{xxhash.xxh3_64_hexdigest(repr(unit).encode(errors='surrogateescape'))}"
+
+
+def part_file(unit: str, number: int, ending: str = "json") -> str:
+    """The file name of a unit's part: its account or, ending in h5, its documents."""
+    return f"{unit}-{number:04d}.{ending}"
 
 
 def is_encoded(unit: Unit, folder: Path) -> bool:
@@ -86,7 +96,7 @@ def is_encoded(unit: Unit, folder: Path) -> bool:
 def finished_parts(unit: Unit, folder: Path) -> list[Path]:
     """The accounts of a unit's parts, from the first to the last before one that is missing."""
     found: list[Path] = []
-    while (account := folder / f"{unit_name(unit)}-{len(found):04d}.json").exists():
+    while (account := folder / part_file(unit_name(unit), len(found))).exists():
         about = read_json(account)["shard"]
         if about and _size(folder / about["name"]) != about["bytes"]:
             break  # somebody deleted or cut it: made again
@@ -135,7 +145,7 @@ class _Part:
 
     @property
     def is_full(self) -> bool:
-        return self.account.tokens >= self._encoding.part_tokens
+        return self.account.tokens >= PART_TOKENS
 
     def add(self, item: Document | Rejected, read: int) -> bool:
         """Takes in a record, `read` bytes into the unit; whether a batch of them was encoded for it."""
@@ -153,29 +163,29 @@ class _Part:
 
     def _encode(self) -> None:
         batch, self._batch, self._characters = self._batch, [], 0
-        front, back = self._encoding.bos, self._encoding.eos
-        kept = []
-        for document, ids in zip(batch, _encode_texts(self._encoding.tokenizer, batch), strict=True):
-            length = len(ids) + (front is not None) + (back is not None)
+        dtype = token_type(self._encoding.tokenizer.vocab_size)
+        front, back = ([] if end is None else [np.array([end], dtype)] for end in self._encoding.ends)
+        pieces: list[Tokens] = [np.empty(0, dtype)]
+        for document, ids in zip(batch, _encode_texts(self._encoding.tokenizer, batch, dtype), strict=True):
+            length = len(front) + len(ids) + len(back)
             if not length:
                 said = Rejected(NO_TOKENS, document.id or document.path, document.text[:200])
                 self.account.rejections.add(self._unit.path, said)
                 continue
-            kept.append(ids)
+            pieces += (*front, ids, *back)
             self._lengths.append(length)
-            self._hashes.append(divmod(xxhash.xxh3_128_intdigest(document.text.encode()), 1 << 64))
-            self._ids.append(divmod(xxhash.xxh3_128_intdigest(document.id.encode()), 1 << 64) if document.id else (0, 0))
+            self._hashes.append(_hash(document.text))
+            self._ids.append(_hash(document.id) if document.id else (0, 0))
             self._info.append(_info(document))
-        with_ends = _with_ends(kept, front, back, token_type(self._encoding.tokenizer.vocab_size))
-        self._tokens.append(with_ends)
-        self.account.documents += len(kept)
-        self.account.tokens += len(with_ends)
+            self.account.documents += 1
+            self.account.tokens += length
+        self._tokens.append(np.concatenate(pieces))
 
     def write(self, folder: Path, number: int, last: bool) -> None:
         """Writes the part and, last, its account."""
         if self._batch:
             self._encode()
-        name, shard = f"{unit_name(self._unit)}-{number:04d}", None
+        unit, shard = unit_name(self._unit), None
         if self._hashes:
             documents = Documents(
                 offsets=np.cumsum([0, *self._lengths], dtype=np.int64),
@@ -185,8 +195,13 @@ class _Part:
                 info=np.frombuffer(b"".join(self._info), np.uint8),
             )
             sorted_documents, tokens = in_order(documents, np.concatenate(self._tokens), self._encoding.seed)
-            shard = vars(write_shard(folder / f"{name}.h5", sorted_documents, tokens, {}))
-        write_json(folder / f"{name}.json", self.account.as_json() | {"last": last, "shard": shard})
+            shard = vars(write_shard(folder / part_file(unit, number, "h5"), sorted_documents, tokens, {}))
+        write_json(folder / part_file(unit, number), self.account.as_json() | {"last": last, "shard": shard})
+
+
+def _hash(text: str) -> tuple[int, int]:
+    """xxh3_128 of a text in UTF-8, as two halves."""
+    return divmod(xxhash.xxh3_128_intdigest(text.encode()), 1 << 64)
 
 
 def _info(document: Document) -> bytes:
@@ -196,13 +211,14 @@ def _info(document: Document) -> bytes:
     return orjson.dumps(given) if given else b""
 
 
-def _encode_texts(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[Tokens]:
+def _encode_texts(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype[Any]) -> Iterator[Tokens]:
     """The ids of each document."""
     pieces = [list(text_pieces(document.text)) for document in documents]
     ids, offsets = tokenizer.encode_flat([first for first, *_ in pieces])
-    for number, (_, *others) in enumerate(pieces):
-        found = ids[offsets[number] : offsets[number + 1]]
-        yield np.concatenate([found, *(tokenizer.encode_flat([piece], inside=True)[0] for piece in others)])
+    narrow = ids.astype(dtype)
+    for (start, stop), (_, *others) in zip(pairwise(offsets.tolist()), pieces, strict=True):
+        more = [tokenizer.encode_flat([piece], inside=True)[0].astype(dtype) for piece in others]
+        yield np.concatenate([narrow[start:stop], *more]) if more else narrow[start:stop]
 
 
 def text_pieces(text: str) -> Iterator[str]:
@@ -222,13 +238,6 @@ def text_pieces(text: str) -> Iterator[str]:
     yield text[start:] if start else text
 
 
-def _with_ends(pieces: list[Tokens], front: int | None, back: int | None, dtype: np.dtype[Any]) -> Tokens:
-    """All pieces one after another, each with the ids to put before and behind it."""
-    ends = [[] if end is None else [np.array([end], dtype)] for end in (front, back)]
-    none: Tokens = np.empty(0, dtype)
-    return np.concatenate([none, *(p.astype(dtype) for ids in pieces for p in (*ends[0], ids, *ends[1]))])
-
-
 def read_accounts(units: list[Unit], folder: Path) -> tuple[Account, list[Path]]:
     """The account of all units together, and the parts that hold documents, in order of the units.
 
@@ -240,13 +249,8 @@ def read_accounts(units: list[Unit], folder: Path) -> tuple[Account, list[Path]]
         if not accounts or not read_json(accounts[-1])["last"]:
             raise StoreError(f"{folder}: parts of {unit.path} vanished while they were put together; run it again")
         for path in accounts:
-            total.add(Account.from_json(read_json(path)))
-            if read_json(path)["shard"]:
+            account = read_json(path)
+            total.add(Account.from_json(account))
+            if account["shard"]:
                 parts.append(path.with_suffix(".h5"))
     return total, parts
-
-
-def rejected_share(account: Account) -> tuple[int, int]:
-    """Rejected records, blank lines aside, and all of those."""
-    bad = sum(count for reason, count in account.rejections.counts.items() if reason != BLANK)
-    return bad, bad + account.documents

@@ -72,12 +72,17 @@ def share(
 
 def place_among_tasks(environ: Mapping[str, str]) -> tuple[int, int]:
     """This process's number and their count: ranks of mpiexec or srun, or the tasks of a Slurm array; else (0, 1)."""
-    for rank, size in (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
-        if rank in environ:
-            return int(environ[rank]), int(environ[size])
+    for number, count in (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
+        if number in environ:
+            return int(environ[number]), int(environ[count])
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or 1) if "SLURM_PROCID" in environ else 1
     rank = int(environ.get("SLURM_PROCID", 0)) if tasks > 1 else 0
     elements = int(environ.get("SLURM_ARRAY_TASK_COUNT", 1))
     element = int(environ.get("SLURM_ARRAY_TASK_ID", 0)) - int(environ.get("SLURM_ARRAY_TASK_MIN", 0))
     step = int(environ.get("SLURM_ARRAY_TASK_STEP", 1))
     return min(element // step, elements - 1) * tasks + rank, elements * tasks
+
+
+def default_workers(place: tuple[int, int]) -> int:
+    """Processes to start where nobody said: one a core that we may use, or one where others were started beside us."""
+    return len(os.sched_getaffinity(0)) if place[1] == 1 else 1

@@ -4,6 +4,7 @@ Under `data/build`, which says what is to be built (build.json) and starts as ma
 know of each other (`data/work`); each goes through the same stages, and leaves each only when all of it is done.
 """
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,24 +23,23 @@ from crystal_hpc.data.catalog import (
     read_store_info,
     shard_name,
 )
-from crystal_hpc.data.corpus import Fields, Rejected, Unit
+from crystal_hpc.data.corpus import Fields, Rejected, Rejections, Unit
 from crystal_hpc.data.division import Division, divide
 from crystal_hpc.data.merge import merge_shard
-from crystal_hpc.data.parts import Account, Encoding, encode_unit, finished_parts, is_encoded, read_accounts, unit_name
+from crystal_hpc.data.parts import Account, Encoding, encode_unit, is_encoded, part_file, read_accounts, unit_name
 from crystal_hpc.data.shard import read_documents, read_shard_info, token_type
 from crystal_hpc.data.sorting import info_bytes
 from crystal_hpc.data.tokenizer import Tokenizer
 from crystal_hpc.data.work import share
 from crystal_hpc.errors import StoreError
 from crystal_hpc.files import PENDING, make_folder, read_json, remove_folder, replaced, write_file, write_json
+from crystal_hpc.progress import Progress
 
 PARTS = "parts"  # the folder of what is only needed until the store is complete
+LOCKS = "locks"  # in it
 DIVISION = "division.npz"
 REJECTED_FILE = "rejected.jsonl"
 REPEATED = "id seen before"
-SECONDS_BETWEEN_TALLIES = 1.0
-
-Watch = Callable[..., None]  # (what, done, total, note): shows progress, or raises
 
 
 class Worker:
@@ -50,28 +50,28 @@ class Worker:
         out: Path,
         tokenizer: Tokenizer,
         units: list[Unit],
-        most_rejected: float,
         place: tuple[int, int],
-        watch: Watch,
+        watch: Progress,
     ) -> None:
+        """`place` is this process's (number, count) among those that were started together; `watch` may raise."""
         self.out, self.tokenizer, self.units = out, tokenizer, units
         self.plan: dict[str, Any] = read_json(out / BUILD_FILE)
-        self._most_rejected, self._place, self._watch = most_rejected, place, watch
+        self._place, self._watch = place, watch
         self._parts = make_folder(out / PARTS)
-        self._locks = make_folder(out / PARTS / "locks")
+        self._locks = make_folder(out / PARTS / LOCKS)
         tokenizer.choose_engine(self.plan["engine"]["engine"].partition(" ")[0])
 
     def run(self) -> StoreInfo:
         """Returns once the store is complete. Raises StoreError, DiskError, and what `watch` raises."""
-        self.help()
-        self._once("finish", self.out / STORE_FILE, self._finish)
+        try:
+            self._encode()
+            self._once("divide", self._parts / DIVISION, self._divide)
+            self._merge()
+            self._once("finish", self.out / STORE_FILE, self._finish)
+        except FileNotFoundError:
+            if not (self.out / STORE_FILE).exists():  # else another process has finished, and cleared away the parts
+                raise
         return read_store_info(self.out)
-
-    def help(self) -> None:
-        """All but the last step."""
-        self._encode()
-        self._once("divide", self._parts / DIVISION, self._divide)
-        self._merge()
 
     def _once(self, name: str, result: Path, do: Callable[[], None]) -> None:
         share([result], lambda _: name, Path.exists, lambda _: do(), self._locks, self._look)
@@ -102,14 +102,11 @@ class Worker:
         """Settles which documents go where; raises StoreError if too many records were rejected."""
         account, parts = read_accounts(self.units, self._parts)
         if not parts:
-            raise StoreError("the corpus is empty: no record of it holds a usable document" + account.rejections.told())
-        self._watch("dividing", 0, 1)
-        look = self._look
-        division = divide(parts, self.plan["seed"], self.plan["shard_tokens"], self.plan["held_out"], look)
-        repeated = _count_repeated(parts, division, account)
-        with replaced(self.out / REJECTED_FILE) as pending:
-            pending.write_text("".join(account.rejections.lines()), encoding="utf-8")
-        account.rejections.check(self._most_rejected, account.documents - repeated["documents"], self.out / REJECTED_FILE)
+            account.rejections.check(self.plan["most_rejected"], 0)
+        division = divide(parts, self.plan["seed"], self.plan["shard_tokens"], self.plan["held_out"], self._look)
+        repeated = _count_repeated(parts, division, account.rejections)
+        _write_rejected(self.out / REJECTED_FILE, account.rejections)
+        account.rejections.check(self.plan["most_rejected"], account.documents - repeated["documents"])
         if division.shards == division.held_out:
             raise StoreError(f"all {account.documents} documents would be held out; hold out a smaller share")
         accounts = {
@@ -161,7 +158,7 @@ class Worker:
         """What a person who opens a shard with h5dump would like to know."""
         held_out = number < division.held_out
         return {
-            "about": "documents in shuffled order, one after another: tokens[doc_offsets[i]:doc_offsets[i+1]] is the i-th",
+            "about": "documents in shuffled order: tokens[doc_offsets[i]:doc_offsets[i+1]] is the i-th",
             "tokenizer": self.tokenizer.fingerprint,
             "vocab_size": self.tokenizer.vocab_size,
             "seed": str(self.plan["seed"]),
@@ -214,13 +211,13 @@ class Worker:
 class _Tally:
     """How far the encoding is, with what other processes have finished counted in."""
 
-    def __init__(self, units: list[Unit], folder: Path, watch: Watch) -> None:
-        self._units, self._folder, self._watch = units, folder, watch
+    def __init__(self, units: list[Unit], folder: Path, watch: Progress) -> None:
+        self._folder, self._watch = folder, watch
         self._total = sum(unit.size for unit in units)
-        self._started, self._looked = time.monotonic(), 0.0
-        self._seen: dict[Path, Account] = {}
+        self._left = {unit_name(unit): 0 for unit in units}  # parts counted of each unit that has more to come
         self._finished = Account()
-        self._at_start: int | None = None
+        self._count()
+        self._started, self._looked, self._at_start = time.monotonic(), time.monotonic(), self._finished.bytes
 
     def look(self) -> None:
         """Shows how far all are."""
@@ -228,30 +225,40 @@ class _Tally:
 
     def show(self, mine: Account) -> None:
         """The same, `mine` being the part in the making."""
-        if time.monotonic() > self._looked + SECONDS_BETWEEN_TALLIES:
+        if time.monotonic() > self._looked + max(1.0, len(self._left) / 500):  # spares a shared file system
             self._looked = time.monotonic()
             self._count()
         done, tokens = self._finished.bytes + mine.bytes, self._finished.tokens + mine.tokens
-        documents = self._finished.documents + mine.documents
-        seconds = time.monotonic() - self._started
-        if self._at_start is None:
-            self._at_start = self._finished.bytes
-        note = f"{format_count(documents)} documents, {format_count(tokens)} tokens"
-        if done > self._at_start and seconds > 1:
-            left = (self._total - done) * seconds / (done - self._at_start)
-            rate = tokens / done * (done - self._at_start) / seconds
-            note += f", {format_count(rate)} tokens/s, {format_seconds(max(left, 0))} left"
+        note = f"{format_count(self._finished.documents + mine.documents)} documents, {format_count(tokens)} tokens"
+        seconds, read = time.monotonic() - self._started, done - self._at_start
+        if read > 0 and seconds > 1:
+            left = max(self._total - done, 0) * seconds / read
+            note += f", {format_count(tokens / done * read / seconds)} tokens/s, {format_seconds(left)} left"
         self._watch("encoding", min(done, self._total), self._total, note)
 
     def _count(self) -> None:
-        for unit in self._units:
-            for path in finished_parts(unit, self._folder):
-                if path not in self._seen:
-                    self._seen[path] = Account.from_json(read_json(path))
-                    self._finished.add(self._seen[path])
+        for name, number in list(self._left.items()):
+            while (path := self._folder / part_file(name, number)).exists():
+                number += 1
+                account = read_json(path)
+                self._finished.add(Account.from_json(account))
+                self._left[name] = number
+                if account["last"]:
+                    del self._left[name]
+                    break
 
 
-def _count_repeated(parts: list[Path], division: Division, account: Account) -> dict[str, int]:
+def _write_rejected(path: Path, rejections: Rejections) -> None:
+    """Leaves the sample of rejected records, one a line, for people to look at; nothing where there is none."""
+    lines = [
+        json.dumps({"reason": reason, "records": rejections.counts[reason], **record}, ensure_ascii=False) + "\n"
+        for reason, records in rejections.samples().items()
+        for record in records
+    ]
+    write_file(path, "".join(lines)) if lines else path.unlink(missing_ok=True)
+
+
+def _count_repeated(parts: list[Path], division: Division, rejections: Rejections) -> dict[str, int]:
     """Documents and tokens left out for their id, and examples of them among the account's rejections."""
     tokens = 0
     for number, path in enumerate(parts):
@@ -261,7 +268,7 @@ def _count_repeated(parts: list[Path], division: Division, account: Account) -> 
             tokens += int(np.diff(documents.offsets)[repeated].sum())
             for place in repeated.tolist():
                 said = info_bytes(documents, place).decode()
-                account.rejections.add(Path(""), Rejected(REPEATED, said, f"text {documents.hashes[place, 0]:016x}"))
+                rejections.add("", Rejected(REPEATED, f"text {documents.hashes[place, 0]:016x}", said))
     return {"documents": len(division.repeated), "tokens": tokens}
 
 
