@@ -1,4 +1,4 @@
-"""The index of JSON Lines files that `build` makes: where each one lies, in which order they are shuffled, what they say.
+"""The index of JSON Lines files that `build` makes: where each one lies, in which order, what they say.
 
 The first step of a token's way; `data/build` is the caller. `index_corpus` scans the files once and remembers only
 numbers, so an index is some 40 bytes a document; `read_documents` fetches the texts later, a shard at a time. The order

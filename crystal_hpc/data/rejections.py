@@ -33,7 +33,7 @@ class Rejections:
 
     def _keep(self, reason: str, path: str, at: str, sample: str) -> None:
         samples = self._samples.setdefault(reason, {})
-        samples[path, at] = (xxhash.xxh3_64_intdigest(f"{path}\0{at}"), sample)
+        samples[path, at] = (xxhash.xxh3_64_intdigest(f"{path}\0{at}".encode()), sample)
         if len(samples) > self.keep:
             del samples[max(samples, key=lambda place: (samples[place][0], place))]
 
