@@ -31,9 +31,7 @@ def row_group_ranges(path: Path, unit_bytes: int) -> list[tuple[int, int, int]]:
     return ranges
 
 
-def rows(
-    path: Path, start: int, stop: int, text: str, others: Sequence[str]
-) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def rows(path: Path, start: int, stop: int, text: str, others: Sequence[str]) -> Iterator[tuple[int, int, Row]]:
     """(number in the file, rows in these groups, row) of the rows in row groups start..stop-1.
 
     A row is a dict with the text as bytes, and with those of the `others` that the file has. Raises StoreError for a
@@ -96,7 +94,7 @@ def _batch_rows(metadata: Any, groups: range, text: str) -> int:
     return max(1, min(4096, BATCH_BYTES * count // max(1, size)))
 
 
-def _as_bytes(batch: Any, text: str) -> Iterator[dict[str, Any]]:
+def _as_bytes(batch: Any, text: str) -> Iterator[Row]:
     """The rows of a batch with strings as bytes: Parquet promises UTF-8 but nobody has checked it."""
     import pyarrow
     import pyarrow.types as types

@@ -7,7 +7,7 @@ until it is complete, and one that grows beyond the limit is let go while its en
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO
+from typing import IO, cast
 
 import zstandard
 
@@ -52,9 +52,7 @@ def zstd_blocks(file: IO[bytes]) -> Iterator[bytes]:
     held = b""
     try:
         reader = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).stream_reader(
-            ended,  # type: ignore[arg-type]  # anything with a read() is enough
-            read_size=BLOCK,
-            read_across_frames=True,
+            cast("IO[bytes]", ended), read_size=BLOCK, read_across_frames=True
         )
         while block := reader.read(BLOCK):
             held += block

@@ -165,8 +165,8 @@ def train_tokenizer(
 
     Ids 0..vocab_size-1 are the trio, the bytes and the merges; the 22 special tokens follow, so the result's
     `vocab_size` is larger by 22. All texts are read: give a sample of a large corpus (some hundred MB are plenty). The
-    same documents give the same files, byte for byte, in whatever order they come: only counts are learned from.
-    Raises StoreError for a bad corpus, for a size below SMALLEST_VOCABULARY, and when the texts are too few for so many
+    same documents give the same files, byte for byte, in whatever order they come: only counts are learned from. Raises
+    StoreError for a bad corpus, for a size below SMALLEST_VOCABULARY, and when the texts are too few for so many
     tokens; DiskError when the folder cannot be written.
     """
     if vocab_size < SMALLEST_VOCABULARY:
