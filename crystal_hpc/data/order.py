@@ -113,7 +113,7 @@ class PhaseOrder:
         """How many of the first `samples` samples come from source k: `consumed` for one source."""
         number = samples // self.block
         low, high = (deal(samples, edge, self.block, self._deal_key)[1] for edge in self._edges(number)[k : k + 2])
-        return self._counts(number)[k] + high - low
+        return self._counts(number)[k] + int(high - low)
 
     def _position(self, k: int, index: int, samples: int) -> int:
         """The position of sample number `index` of source k, which is among the first `samples` positions."""
