@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from crystal_hpc.config.schema import Run
-from crystal_hpc.data.batches import PhaseBatches, held_out_batches
+from crystal_hpc.data.batches import PhaseBatches, StepBatch, held_out_batches
 from crystal_hpc.data.build import build_store
 from crystal_hpc.data.order import PhaseOrder, run_orders
 from crystal_hpc.data.store import TokenStore
@@ -62,6 +62,11 @@ def open_batches(stores: dict[str, TokenStore], order: PhaseOrder) -> Iterator[O
         batches.close()
 
 
+def whole(batch: StepBatch) -> torch.Tensor:
+    """The rows of a batch, inputs and last label: (micro-batches, micro-batch, LENGTH + 1)."""
+    return torch.cat([batch.tokens, batch.labels[..., -1:]], dim=-1)
+
+
 def row_at(position: int, order: PhaseOrder, stores: dict[str, TokenStore]) -> list[int]:
     source, _, row = (int(column[0]) for column in order.samples(np.array([position])))
     tokens: list[int] = stores[order.sources[source]].row(row, LENGTH).tolist()
@@ -73,7 +78,7 @@ def test_a_micro_batch_holds_the_positions_that_the_formula_gives(
 ) -> None:
     micro_batch, size, step = 2, 3, 5
     for rank in range(size):
-        rows = open_batches(micro_batch, rank, size).read(step).rows
+        rows = whole(open_batches(micro_batch, rank, size).read(step))
         assert rows.shape == (BATCH // (micro_batch * size), micro_batch, LENGTH + 1)
         assert rows.dtype == torch.int64
         for m, rows_of_micro_batch in enumerate(rows.tolist()):
@@ -87,8 +92,8 @@ def test_a_step_holds_the_same_rows_whatever_the_ranks(open_batches: Open, micro
     for step in (0, 3, 77):
         expected = open_batches(BATCH).read(step)
         shares = [open_batches(micro_batch, rank, size).read(step) for rank in range(size)]
-        together = torch.stack([share.rows for share in shares], dim=1).reshape(BATCH, -1)
-        assert torch.equal(together, expected.rows[0])
+        together = torch.stack([whole(share) for share in shares], dim=1).reshape(BATCH, -1)
+        assert torch.equal(together, whole(expected)[0])
         assert sum(share.digest for share in shares) % 2**64 == expected.digest
 
 
@@ -96,7 +101,7 @@ def test_reading_ahead_changes_nothing(open_batches: Open) -> None:
     ahead, plain = open_batches(), open_batches()
     for number in [0, 1, 2, 3, 3, 9, 10, 0, 1, 99, 100]:
         one, other = ahead.step(number), plain.read(number)
-        assert torch.equal(one.rows, other.rows)
+        assert torch.equal(whole(one), whole(other))
         assert one.digest == other.digest
 
 
@@ -112,8 +117,9 @@ def test_closing_ends_the_reading_thread(stores: dict[str, TokenStore], order: P
 def test_labels_are_tokens_one_ahead(open_batches: Open) -> None:
     batch = open_batches().read(1)
     micro_batches = list(batch)
-    assert len(micro_batches) == len(batch.rows) == BATCH // 2
-    for rows, micro_batch in zip(batch.rows, micro_batches, strict=True):
+    assert len(micro_batches) == len(batch.tokens) == BATCH // 2
+    for rows, micro_batch in zip(whole(batch), micro_batches, strict=True):
+        assert micro_batch.keys() == {"tokens", "labels"}
         tokens, labels = micro_batch["tokens"], micro_batch["labels"]
         assert tokens.shape == labels.shape == (2, LENGTH)
         assert torch.equal(labels[:, :-1], tokens[:, 1:])
@@ -140,7 +146,7 @@ def test_held_out_rows_are_shared_in_whole_micro_batches(
     shares = [held_out_batches(store, LENGTH, rows, micro_batch, rank, size) for rank in range(size)]
     counts = {len(share) for share in shares}
     assert counts == {rows // (micro_batch * size)}
-    together = [row.tolist() for several in zip(*shares, strict=True) for rows_ in several for row in rows_]
+    together = [row for several in zip(*shares, strict=True) for share in several for row in whole(share)[0].tolist()]
     assert together == [store.row(n, LENGTH).tolist() for n in range(counts.pop() * micro_batch * size)]
 
 
@@ -148,4 +154,4 @@ def test_held_out_rows_end_where_the_store_does(stores: dict[str, TokenStore]) -
     store = stores["a"]
     batches = held_out_batches(store, LENGTH, 10**9, 1, 0, 1)
     assert len(batches) == store.rows(LENGTH)
-    assert batches[0].shape == (1, LENGTH + 1)
+    assert batches[0].tokens.shape == (1, 1, LENGTH)
