@@ -144,9 +144,10 @@ def _begin(
 ) -> StoreInfo | None:
     """Commits build.json, whoever comes first; the store if it is complete. Raises StoreError where another is."""
     _found(out, plan)  # before anything is made
-    locks = make_folder(out / PARTS / LOCKS)
     while True:
-        with claimed(locks / "plan.lock") as mine:
+        locks = make_folder(out / PARTS / LOCKS)
+        # The folder goes when another process completes the store: then this one begins again, and finds it.
+        with contextlib.suppress(FileNotFoundError), claimed(locks / "plan.lock") as mine:
             if mine:
                 old = _found(out, plan)
                 if old and (finished := _finished(out)):

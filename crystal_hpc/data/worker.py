@@ -74,7 +74,12 @@ class Worker:
         return read_store_info(self.out)
 
     def _once(self, name: str, result: Path, do: Callable[[], None]) -> None:
-        share([result], lambda _: name, Path.exists, lambda _: do(), self._locks, self._look)
+        is_done = lambda path: path.exists() or self._is_complete()  # noqa: E731
+        share([result], lambda _: name, is_done, lambda _: do(), self._locks, self._look)
+
+    def _is_complete(self) -> bool:
+        """Whether another process was quicker, and has cleared away the parts."""
+        return (self.out / STORE_FILE).exists()
 
     def _look(self) -> None:
         self._watch("waiting for others", 0, 1)
@@ -94,8 +99,8 @@ class Worker:
             encode_unit(unit, self._parts, encoding, tally.show)
 
         share(
-            self.units, unit_name, lambda unit: is_encoded(unit, self._parts), encode, self._locks,
-            tally.look, *self._place,
+            self.units, unit_name, lambda unit: is_encoded(unit, self._parts) or self._is_complete(), encode,
+            self._locks, tally.look, *self._place,
         )  # fmt: skip
 
     def _divide(self) -> None:
