@@ -70,8 +70,11 @@ def run(main: Callable[[], int]) -> None:
 
 
 def stop_on_signals() -> Callable[[], bool]:
-    """Makes Ctrl-C and SIGTERM set a flag, and returns the question whether it is set."""
+    """Makes Ctrl-C and SIGTERM set a flag, and returns the question whether it is set.
+
+    Lets in one that was held back until now, as in the scripts of `slurm/`."""
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     return lambda: bool(signals)

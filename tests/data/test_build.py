@@ -174,6 +174,21 @@ def test_any_number_of_processes_build_the_same_bytes(
     assert content(out) == content(build("alone")) and not (out / "parts").exists()
 
 
+def test_ranks_under_mpiexec_build_the_same_bytes(
+    build: Build, tmp_path: Path, corpus_files: list[Path], tokenizer_folder: Path
+) -> None:
+    mpiexec = Path(sys.prefix) / "bin" / "mpiexec"
+    if not mpiexec.exists():
+        pytest.skip("the mpich wheel is not installed in this environment")
+    out = tmp_path / "ranks" / "store"
+    words = [str(mpiexec), "-n", "3", *command(out, tokenizer_folder, corpus_files)]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("120 documents") == 1, done.stderr
+    assert content(out) == content(build("alone"))
+    refused = subprocess.run([*words, "--fresh"], env=environment(), capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and "--fresh is for one process, and 3 were started" in refused.stderr
+
+
 def test_helpers_on_other_cores_take_part(
     build: Build, tmp_path: Path, corpus_files: list[Path], tokenizer_folder: Path
 ) -> None:
