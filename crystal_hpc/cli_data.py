@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from crystal_hpc import cli_proof
+
 PATH = click.Path(path_type=Path)
 
 
@@ -28,6 +30,10 @@ def with_progress(command: Callable[..., None]) -> Callable[..., None]:
 @click.group()
 def data() -> None:
     """Make corpora, tokenizers and token stores, and prove what is in them."""
+
+
+for proof in (cli_proof.audit, cli_proof.show, cli_proof.trace):
+    data.add_command(proof)
 
 
 @data.command("corpus")

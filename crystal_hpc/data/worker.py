@@ -59,7 +59,7 @@ class Worker:
         self._place, self._watch = place, watch
         self._parts = make_folder(out / PARTS)
         self._locks = make_folder(out / PARTS / LOCKS)
-        # Where the fast engine passed the corpus's samples, it may be used; a node without it encodes alike, only slower.
+        # Where the fast engine passed the corpus's samples, it is used; a node without it encodes alike, only slower.
         proven = self.plan["engine"]["engine"].startswith("gigatoken")
         tokenizer.choose_engine(None if proven else "tokenizers")
 
