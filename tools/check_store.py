@@ -9,7 +9,7 @@ Prints one line a store; exit code 2 at the first that is missing, half-written 
 import argparse
 from pathlib import Path
 
-from crystal_hpc.data.store import TokenStore
+from crystal_hpc.data.sources import open_source, read_source_info
 from crystal_hpc.progress import run, shown_progress
 
 
@@ -18,7 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stores", nargs="+", type=Path, help="folders of token stores")
     for folder in parser.parse_args().stores:
-        store = TokenStore.open(folder)
+        store = open_source(read_source_info(folder))
         with shown_progress() as on_progress:
             store.check_digests(on_progress)
         info = store.info

@@ -60,6 +60,9 @@ def _phase_problems(run: Run, phase: Phase) -> Iterator[str]:
             yield f"mixture.{source}: no such source{did_you_mean(source, run.data.sources)}"
         if 0 < phase.mixture[source] < SMALLEST_WEIGHT:
             yield f"mixture.{source}: {phase.mixture[source]:g} is less than {SMALLEST_WEIGHT:g}; leave the source out"
+    for source in phase.fim:
+        if source not in phase.mixture:
+            yield f"fim.{source}: no such source in the phase's mixture{did_you_mean(source, phase.mixture)}"
     total = math.fsum(phase.mixture.values())
     if abs(total - 1) > SUM_TOLERANCE:
         yield f"mixture: the weights sum to {total:g}, not 1"

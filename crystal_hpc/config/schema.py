@@ -136,6 +136,21 @@ class LearningRate(Strict):
     """Steps from the peak to `end`; more than the phase has cuts the decay short. Default: the rest of the phase."""
 
 
+class Fim(Strict):
+    """Fill-in-the-middle of a source: documents cut in three, and written as prefix, suffix, middle."""
+
+    rate: Fraction
+    """Share of the document segments in a row that are rewritten (Crystal: 0.9, then 0.3)."""
+    spm_rate: Fraction = 0.5
+    """Share of those that are written suffix first (SPM); the others begin with the prefix (PSM)."""
+    spm_variant: Literal[1, 2] = 2
+    """1: suffix, prefix, middle with a sentinel before each; 2: prefix and middle together behind the last sentinel."""
+    level: Literal["character", "token"] = "character"
+    """Where a segment may be cut: between characters, its parts then encoded anew, or only between its tokens."""
+    loss: Literal["all", "middle"] = "all"
+    """What a rewritten segment trains: every token, or only its middle and the end of the document."""
+
+
 class Phase(Strict):
     """A stretch of training with one data mixture and one piece of learning-rate schedule."""
 
@@ -151,6 +166,8 @@ class Phase(Strict):
     """Length of the phase in tokens (1.5M, 345B), rounded up to whole steps."""
     mixture: dict[Name, Fraction] = Field(min_length=1)
     """Share of the samples by source; sums to one."""
+    fim: dict[Name, Fim] = Field(default_factory=dict)
+    """Fill-in-the-middle by source; a source that is not named is read as it is."""
     learning_rate: LearningRate
     """The phase's piece of the schedule."""
     optimizer_state: Literal["carry", "fresh"] = "carry"

@@ -13,24 +13,36 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from crystal_hpc.data.fim import PhaseFim
 from crystal_hpc.data.order import PhaseOrder
-from crystal_hpc.data.rows import read_rows, rows_digest
-from crystal_hpc.data.store import TokenStore
+from crystal_hpc.data.rows import Rows, RowSource, gather, read_rows, rows_digest
 
 
 @dataclass(frozen=True)
 class StepBatch:
     """One data-parallel rank's share of a step."""
 
-    rows: torch.Tensor
-    """int64 (micro-batches, micro-batch, sequence_length + 1)."""
-    digest: int
-    """Sum over rows, modulo 2**64, of xxh3-64(row as int32, seeded with its position): adds up over ranks."""
+    tokens: torch.Tensor
+    """int64 (micro-batches, micro-batch, sequence_length)."""
+    labels: torch.Tensor
+    """The same shape: what each token is to be followed by."""
+    loss_mask: torch.Tensor | None = None
+    """bool, the same shape: which labels count; None if all do."""
+    digest: int = 0
+    """Sum over rows, modulo 2**64, of their digests (`data.rows`): adds up over ranks."""
+
+    @classmethod
+    def of(cls, rows: Rows, micro_batch: int, digest: int = 0) -> "StepBatch":
+        """Rows that follow each other, in micro-batches."""
+        shape = -1, micro_batch, rows.inputs.shape[1]
+        tokens, labels = (torch.from_numpy(ids.astype(np.int64)).view(shape) for ids in (rows.inputs, rows.labels))
+        return cls(tokens, labels, None if rows.mask is None else torch.from_numpy(rows.mask).view(shape), digest)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Micro-batches: `tokens` and `labels`, int64 (micro-batch, sequence_length), labels one token ahead."""
-        for rows in self.rows:
-            yield {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
+        """Micro-batches: `tokens` and `labels`, and `loss_mask` where there is one, (micro-batch, sequence_length)."""
+        for number in range(len(self.tokens)):
+            micro_batch = {"tokens": self.tokens[number], "labels": self.labels[number]}
+            yield micro_batch if self.loss_mask is None else micro_batch | {"loss_mask": self.loss_mask[number]}
 
 
 class PhaseBatches:
@@ -39,18 +51,20 @@ class PhaseBatches:
     def __init__(
         self,
         order: PhaseOrder,
-        stores: Mapping[str, TokenStore],
+        sources: Mapping[str, RowSource],
         batch_size: int,
         micro_batch: int,
         data_rank: int = 0,
         data_size: int = 1,
+        fim: PhaseFim | None = None,
     ) -> None:
         self._order = order
-        self._stores = [stores[name] for name in order.sources]
+        self._sources = [sources[name] for name in order.sources]
         self._batch_size = batch_size
         self._micro_batch = micro_batch
+        self._fim = fim
         share = np.arange(batch_size, dtype=np.int64).reshape(-1, data_size, micro_batch)
-        self._offsets = share[:, data_rank, :]
+        self._offsets = share[:, data_rank, :].reshape(-1)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[StepBatch]] | None = None
 
@@ -64,11 +78,8 @@ class PhaseBatches:
     def read(self, number: int) -> StepBatch:
         """The same without looking ahead."""
         positions = self._offsets + number * self._batch_size
-        rows = read_rows(self._order, self._stores, positions.reshape(-1))
-        return StepBatch(
-            torch.from_numpy(rows.astype(np.int64)).view(*positions.shape, -1),
-            rows_digest(rows, positions.reshape(-1)),
-        )
+        rows = read_rows(self._order, self._sources, positions, self._fim)
+        return StepBatch.of(rows, self._micro_batch, rows_digest(rows, positions))
 
     def close(self) -> None:
         """Ends the reading thread."""
@@ -76,16 +87,18 @@ class PhaseBatches:
 
 
 def held_out_batches(
-    store: TokenStore, length: int, rows: int, micro_batch: int, data_rank: int, data_size: int
-) -> list[torch.Tensor]:
-    """The first `rows` rows of a held-out store that fill whole micro-batches on every rank: this rank's share.
+    source: RowSource, length: int, rows: int, micro_batch: int, data_rank: int, data_size: int
+) -> list[StepBatch]:
+    """The first `rows` rows of a held-out source that fill whole micro-batches on every rank: this rank's share.
 
-    A list of int64 (micro-batch, length + 1).
+    A list of batches of one micro-batch each. FIM has no part in evaluation.
     """
     share = micro_batch * data_size
-    count = min(rows, store.rows(length)) // share
+    count = min(rows, source.rows(length)) // share
     firsts = [(number * data_size + data_rank) * micro_batch for number in range(count)]
     return [
-        torch.stack([torch.from_numpy(store.row(first + i, length).astype(np.int64)) for i in range(micro_batch)])
+        StepBatch.of(
+            gather((source.read_row(first + i, length) for i in range(micro_batch)), (micro_batch, length)), micro_batch
+        )
         for first in firsts
     ]

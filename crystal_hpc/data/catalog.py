@@ -59,6 +59,11 @@ class StoreInfo:
     digest: str  # of the shards' digests
     layout: str = "tokens"  # "rows": rows with masks and labels of their own, as Crystal's were published
 
+    @property
+    def row_length(self) -> int | None:
+        """Inputs of a row in the layout "rows", whose rows are counted as documents; None where rows may be cut."""
+        return (self.tokens - 1) // self.documents if self.layout == "rows" else None
+
     def as_json(self) -> dict[str, Any]:
         """The content of store.json."""
         value = {"format": FORMAT} | {key: item for key, item in vars(self).items() if key != "folder"}

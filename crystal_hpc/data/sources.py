@@ -1,16 +1,30 @@
 """The stores and the tokenizer that a run names, checked against the run and each other before anything starts.
 
-Cheap enough for a login node: reads store.json and tokenizer.json, no tokens. `crystal plan`, `crystal submit` and
-every job pass through here, so a store that cannot serve the run is a line on the screen, not a failed job.
+Cheap enough for a login node: reads store.json and tokenizer.json, no tokens; only for rows as Crystal published them,
+which have no store.json, are the files asked for their shapes. `crystal plan`, `crystal submit` and every job pass
+through here, so a store that cannot serve the run is a line on the screen, not a failed job.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crystal_hpc.config.schema import Run
-from crystal_hpc.data.catalog import StoreInfo, read_store_info, read_tokenizer_identity, rows
+from crystal_hpc.data.catalog import (
+    BUILD_FILE,
+    STORE_FILE,
+    StoreInfo,
+    read_store_info,
+    read_tokenizer_identity,
+    rows,
+)
+from crystal_hpc.data.sentinels import read_sentinels
 from crystal_hpc.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:  # numpy and h5py are not for login nodes
+    from crystal_hpc.data.published import PublishedRows
+    from crystal_hpc.data.store import TokenStore
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,27 @@ class Sources:
     def tokens(self) -> dict[str, int]:
         """Tokens in each training store."""
         return {name: info.tokens for name, info in self.training.items()}
+
+
+def read_source_info(folder: Path) -> StoreInfo:
+    """What a folder says of itself: a token store, or rows as Crystal published them. Raises StoreError for neither."""
+    marked = any((folder / name).exists() for name in (STORE_FILE, BUILD_FILE))
+    if marked or next(folder.glob("*.h5"), None) is None:
+        return read_store_info(folder)
+    from crystal_hpc.data.published import read_published_info
+
+    return read_published_info(folder)
+
+
+def open_source(info: StoreInfo, vocab_size: int | None = None) -> "TokenStore | PublishedRows":
+    """The reader for what `read_source_info` found. `vocab_size`: the model's; published rows are held against it."""
+    if info.layout == "rows":
+        from crystal_hpc.data.published import PublishedRows
+
+        return PublishedRows(info, vocab_size)
+    from crystal_hpc.data.store import TokenStore
+
+    return TokenStore(info)
 
 
 def read_sources(run: Run) -> Sources:
@@ -44,6 +79,8 @@ def read_sources(run: Run) -> Sources:
             f"make it {vocab_size} or more"
         )
     problems.extend(_too_short(run, training))
+    problems.extend(_other_lengths(run, training, held_out))
+    problems.extend(_no_fim(run, training))
     if problems:
         raise ConfigError(problems, f"run {run.name}")
     return Sources(training, held_out, fingerprint)
@@ -53,11 +90,11 @@ def _read_stores(named: dict[str, str], key: str, fingerprint: str, problems: li
     found = {}
     for name, folder in named.items():
         try:
-            info = read_store_info(Path(folder))
+            info = read_source_info(Path(folder))
         except StoreError as error:
             problems.append(f"{key}.{name}: {error}")
             continue
-        if fingerprint and info.tokenizer != fingerprint:
+        if fingerprint and info.tokenizer and info.tokenizer != fingerprint:
             problems.append(
                 f"{key}.{name}: {folder} was made with another tokenizer ({info.tokenizer}) than data.tokenizer "
                 f"({fingerprint}); build it again with that one"
@@ -74,3 +111,31 @@ def _too_short(run: Run, training: dict[str, StoreInfo]) -> Iterator[str]:
                     f"phases.{index}.sequence_length: {phase.sequence_length} is longer than the whole store "
                     f"{name!r} ({training[name].tokens} tokens)"
                 )
+
+
+def _other_lengths(run: Run, training: dict[str, StoreInfo], held_out: dict[str, StoreInfo]) -> Iterator[str]:
+    """Published rows cannot be cut anew."""
+    for index, phase in enumerate(run.phases):
+        used = {f"source {name!r}": training.get(name) for name, weight in phase.mixture.items() if weight > 0}
+        used |= {f"held-out {name!r}": info for name, info in held_out.items()}
+        for name, info in used.items():
+            if info and info.row_length not in (None, phase.sequence_length):
+                yield (
+                    f"phases.{index}.sequence_length: {phase.sequence_length}, but {name} was published in rows of "
+                    f"{info.row_length} tokens; make it {info.row_length}"
+                )
+
+
+def _no_fim(run: Run, training: dict[str, StoreInfo]) -> Iterator[str]:
+    wanted = [(index, name) for index, phase in enumerate(run.phases) for name in phase.fim if phase.fim[name].rate > 0]
+    for index, name in wanted:
+        if name in training and training[name].layout == "rows":
+            yield (
+                f"phases.{index}.fim.{name}: its rows were published as they are to be read, labels and masks "
+                "included; take fim out, or build a store from the documents"
+            )
+    if wanted:
+        try:
+            read_sentinels(Path(run.data.tokenizer))
+        except StoreError as error:
+            yield f"phases.{wanted[0][0]}.fim.{wanted[0][1]}: {error}"

@@ -98,6 +98,11 @@ class TokenStore:
             raise IndexError(f"row {number} of {self.rows(sequence_length)}")
         return self.read(number * sequence_length, sequence_length + 1)
 
+    def read_row(self, number: int, sequence_length: int) -> tuple[Tokens, Tokens, None]:
+        """Row `number` as training takes it: inputs and labels (sequence_length,), every label counts."""
+        row = self.row(number, sequence_length)
+        return row[:-1], row[1:], None
+
     def read(self, start: int, count: int) -> Tokens:
         """(count,) tokens of the stream from `start` on, across shards where need be.
 

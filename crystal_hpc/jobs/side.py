@@ -25,8 +25,7 @@ class StageTask:
 
     def __call__(self) -> str:
         """Runs on every rank, works on the first. Raises StoreError for a damaged store."""
-        from crystal_hpc.data.sources import read_sources
-        from crystal_hpc.data.store import TokenStore
+        from crystal_hpc.data.sources import open_source, read_sources
 
         flag, place = watch(), my_place()
         setup_logging(place.rank, place.job, 0)
@@ -42,7 +41,7 @@ class StageTask:
         names = next(phase.mixture for phase in run.phases if phase.name == self.phase)
         sources, read = read_sources(run).training, {}
         for name in names:
-            store = TokenStore.open(sources[name].folder)
+            store = open_source(sources[name], run.model.vocab_size)
             store.check_digests(on_progress)
             log.info("store %s is as it was written", store.info.folder)
             read[name] = store.info.digest

@@ -13,8 +13,8 @@ from crystal_hpc.config import derive
 from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Run
 from crystal_hpc.data.catalog import StoreInfo
-from crystal_hpc.data.sources import Sources, read_sources
-from crystal_hpc.data.store import TokenStore
+from crystal_hpc.data.rows import RowSource
+from crystal_hpc.data.sources import Sources, open_source, read_sources
 from crystal_hpc.errors import StoreError
 from crystal_hpc.jobs import rendezvous
 from crystal_hpc.jobs.launch import read_cluster
@@ -64,8 +64,8 @@ class Session:
             folder=self.folder,
             trainer=build_trainer(self.run, self.layout),
             flag=flag,
-            sources=_open(self.sources.training),
-            held_out=_open(self.sources.held_out),
+            sources=_open(self.sources.training, self.run),
+            held_out=_open(self.sources.held_out, self.run),
             metrics=metrics,
             on_event=on_event,
             beat=beat,
@@ -102,8 +102,8 @@ def check_unchanged(sources: Sources, plan: dict[str, Any]) -> None:
             )
 
 
-def _open(infos: dict[str, StoreInfo]) -> dict[str, TokenStore]:
-    return {name: TokenStore.open(info.folder) for name, info in infos.items()}
+def _open(infos: dict[str, StoreInfo], run: Run) -> dict[str, RowSource]:
+    return {name: open_source(info, run.model.vocab_size) for name, info in infos.items()}
 
 
 def _redone(run: Run, position: Position, before: dict[str, Any] | None) -> int:

@@ -13,8 +13,8 @@ from crystal_hpc.config import derive
 from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Run
 from crystal_hpc.config.units import format_count
-from crystal_hpc.data.catalog import read_store_info
 from crystal_hpc.data.order import PhaseOrder, run_orders
+from crystal_hpc.data.sources import open_source, read_source_info
 from crystal_hpc.errors import RunError
 
 Steps = dict[tuple[str, int], dict[str, Any]]
@@ -35,15 +35,16 @@ def describe_ledger(folder: Path) -> str:
 
 def check_ledger(folder: Path) -> str:
     """Proves the history of a run; returns what was proved. Raises RunError at the first step that is wrong."""
-    from crystal_hpc.data.store import TokenStore
+    from crystal_hpc.data.fim import load_fims
 
     run, steps, repeated = _read(folder)
     _require_every_step_once(run, steps, folder)
-    stores = {name: TokenStore.open(Path(path)) for name, path in run.data.sources.items()}
+    infos = {name: read_source_info(Path(path)) for name, path in run.data.sources.items()}
+    sources = {name: open_source(info, run.model.vocab_size) for name, info in infos.items()}
     samples = 0
-    for phase, order in zip(run.phases, _orders(run), strict=True):
+    for phase, order, fim in zip(run.phases, _orders(run), load_fims(run), strict=True):
         for step in range(sum(name == phase.name for name, _ in steps)):
-            expected, found = _digest(order, stores, phase.batch_size, step), steps[phase.name, step]["digest"]
+            expected, found = _digest(order, sources, phase.batch_size, step, fim), steps[phase.name, step]["digest"]
             if found != expected:
                 raise RunError(
                     f"{folder}: step {step} of phase {phase.name} read other rows than its plan says "
@@ -67,7 +68,7 @@ def _read(folder: Path) -> tuple[Run, Steps, int]:
 
 
 def _orders(run: Run) -> list[PhaseOrder]:
-    return run_orders(run, {name: read_store_info(Path(path)).tokens for name, path in run.data.sources.items()})
+    return run_orders(run, {name: read_source_info(Path(path)).tokens for name, path in run.data.sources.items()})
 
 
 def _require_every_step_once(run: Run, steps: Steps, folder: Path) -> None:
@@ -77,11 +78,11 @@ def _require_every_step_once(run: Run, steps: Steps, folder: Path) -> None:
             raise RunError(f"{folder}: step {key[1]} of phase {key[0]} is missing from metrics.jsonl")
 
 
-def _digest(order: PhaseOrder, stores: Any, batch_size: int, step: int) -> str:
+def _digest(order: PhaseOrder, sources: Any, batch_size: int, step: int, fim: Any) -> str:
     import numpy as np
 
     from crystal_hpc.data.rows import read_rows, rows_digest
 
     positions = np.arange(batch_size, dtype=np.int64) + step * batch_size
-    rows = read_rows(order, [stores[name] for name in order.sources], positions)
+    rows = read_rows(order, [sources[name] for name in order.sources], positions, fim)
     return f"{rows_digest(rows, positions):016x}"

@@ -4,12 +4,12 @@ Runs after the phase's checkpoint is durable, and changes nothing in the model: 
 again by the next attempt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from crystal_hpc import files
 from crystal_hpc.data.batches import held_out_batches
-from crystal_hpc.data.store import TokenStore
+from crystal_hpc.data.rows import RowSource
 from crystal_hpc.log import log
 from crystal_hpc.train.state import Position
 from crystal_hpc.train.step import Trainer, evaluate_micro_batch
@@ -23,7 +23,7 @@ def evaluation_path(run_folder: Path, phase: str) -> Path:
 def evaluate_phase(
     trainer: Trainer,
     run_folder: Path,
-    stores: dict[str, TokenStore],
+    stores: Mapping[str, RowSource],
     position: Position,
     should_stop: Callable[[], bool],
 ) -> dict[str, float]:

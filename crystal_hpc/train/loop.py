@@ -13,7 +13,7 @@ a step, the learning rate and the initial weights are functions of the config.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Run
 from crystal_hpc.config.units import format_count
 from crystal_hpc.data.batches import PhaseBatches
+from crystal_hpc.data.fim import PhaseFim, load_fims
 from crystal_hpc.data.order import PhaseOrder, run_orders
-from crystal_hpc.data.store import TokenStore
+from crystal_hpc.data.rows import RowSource
 from crystal_hpc.errors import RunError
 from crystal_hpc.log import log
 from crystal_hpc.train import checkpoint, optim
@@ -44,8 +45,8 @@ class Job:
     folder: Path
     trainer: Trainer
     flag: StopFlag
-    sources: dict[str, TokenStore]
-    held_out: dict[str, TokenStore]
+    sources: Mapping[str, RowSource]
+    held_out: Mapping[str, RowSource]
     metrics: Metrics
     on_event: Callable[[str, Position], None] = lambda _event, _position: None
     """Told `started` with where it stands, `step` after each step, `saving` and `saved`; the journal listens."""
@@ -83,10 +84,11 @@ def train(job: Job) -> Ended:
     position = checkpoint.load_latest(job.trainer, job.folder)
     log.info("starting at phase %s, step %d", job.run.phases[position.phase].name, position.step)
     job.on_event("started", position)
-    orders = run_orders(job.run, {name: store.tokens for name, store in job.sources.items()})
+    orders = run_orders(job.run, {name: source.info.tokens for name, source in job.sources.items()})
+    fims = load_fims(job.run)
     last_phase = len(job.run.phases) - 1 if job.last_phase is None else job.last_phase
     while True:
-        stop, position = train_phase(job, orders[position.phase], position)
+        stop, position = train_phase(job, orders[position.phase], fims[position.phase], position)
         if stop is Stop.NO and job.evaluates:
             stop = _evaluate(job, position)
         if stop is not Stop.NO or position.phase >= last_phase:
@@ -94,7 +96,7 @@ def train(job: Job) -> Ended:
         position = position.next_phase()
 
 
-def train_phase(job: Job, order: PhaseOrder, position: Position) -> tuple[Stop, Position]:
+def train_phase(job: Job, order: PhaseOrder, fim: PhaseFim | None, position: Position) -> tuple[Stop, Position]:
     """The rest of one phase, and the checkpoint at its end. Returns where it got to, and why if that is not the end."""
     run, layout = job.run, job.layout
     phase = run.phases[position.phase]
@@ -102,7 +104,7 @@ def train_phase(job: Job, order: PhaseOrder, position: Position) -> tuple[Stop, 
     if position.step == 0 and position.phase > 0 and phase.optimizer_state == "fresh":
         optim.reset_state(job.trainer.optimizer)
     batches = PhaseBatches(
-        order, job.sources, phase.batch_size, run.parallel.micro_batch, layout.data_rank, layout.data_size
+        order, job.sources, phase.batch_size, run.parallel.micro_batch, layout.data_rank, layout.data_size, fim
     )
     stop = job.stop_agreed()  # set-up is long; a signal during it ends the attempt before its first step
     while position.step < steps and stop is Stop.NO:

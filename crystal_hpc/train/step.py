@@ -4,7 +4,6 @@
 that all ranks agree on.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +36,7 @@ class StepResult:
     """What all ranks know after a step."""
 
     loss: float
-    """Mean over all tokens of the step, nats."""
+    """Mean over all positions of the step, nats; see `model.loss`."""
     grad_norm: float
     digest: int
     """Of the rows that all ranks together consumed; see `data.batches`."""
@@ -63,23 +62,21 @@ def train_step(trainer: Trainer, batch: StepBatch, rate: float, votes: list[int]
     trainer.model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     optim.set_learning_rate(trainer.optimizer, rate, trainer.run)
-    micro_batches, micro_batch, length = batch.rows.shape
-    reported = _run_schedule(trainer, iter(batch), micro_batches, micro_batch, length - 1, forward_only=False)
+    reported = _run_schedule(trainer, batch, forward_only=False)
     _, grad_norm, _ = trainer.optimizer.step()
     # Of the ranks that hold the same samples (tensor and pipeline neighbours) one speaks for all.
     layout = trainer.layout
     digest = batch.digest if layout.tensor_rank == 0 and layout.first_stage else 0
     digest, *votes = layout.comm.sum([digest, *votes])
-    mean = mean_over_ranks(layout, loss.total(reported) / micro_batches)
+    mean = mean_over_ranks(layout, loss.total(reported) / len(batch.tokens))
     return StepResult(mean, float(grad_norm or 0.0), digest, votes)
 
 
 @torch.no_grad()
-def evaluate_micro_batch(trainer: Trainer, rows: torch.Tensor) -> float:
-    """Mean loss over one micro-batch (micro-batch, length + 1) of every data-parallel rank."""
+def evaluate_micro_batch(trainer: Trainer, batch: StepBatch) -> float:
+    """Mean loss over a batch of one micro-batch of every data-parallel rank."""
     trainer.model.eval()
-    batch = StepBatch(rows.unsqueeze(0), 0)
-    reported = _run_schedule(trainer, iter(batch), 1, rows.shape[0], rows.shape[1] - 1, forward_only=True)
+    reported = _run_schedule(trainer, batch, forward_only=True)
     trainer.model.train()
     return mean_over_ranks(trainer.layout, loss.total(reported))
 
@@ -90,20 +87,14 @@ def mean_over_ranks(layout: Layout, value: float) -> float:
     return layout.comm.sum_float(mine)
 
 
-def _run_schedule(
-    trainer: Trainer,
-    micro_batches: Iterator[dict[str, torch.Tensor]],
-    count: int,
-    micro_batch: int,
-    length: int,
-    forward_only: bool,
-) -> list[Any]:
+def _run_schedule(trainer: Trainer, batch: StepBatch, forward_only: bool) -> list[Any]:
+    micro_batches, micro_batch, length = batch.tokens.shape
     schedule = get_forward_backward_func()
     result: list[Any] = schedule(
         forward_step_func=loss.forward_step,
-        data_iterator=micro_batches,
+        data_iterator=iter(batch),
         model=[trainer.model],
-        num_microbatches=count,
+        num_microbatches=micro_batches,
         seq_length=length,
         micro_batch_size=micro_batch,
         forward_only=forward_only,

@@ -69,6 +69,10 @@ def test_a_good_run_has_no_problems() -> None:
             {"phase": {"mixture": {"prose": 0.6, "html": 0.4}}},
             "phases.0.mixture.html: no such source; choose from code, prose",
         ),
+        (
+            {"phase": {"fim": {"cod": {"rate": 0.5}}}},
+            "phases.0.fim.cod: no such source in the phase's mixture; did you mean 'code'?",
+        ),
         ({"phase": {"mixture": {"prose": 0.6, "code": 0.3}}}, "phases.0.mixture: the weights sum to 0.9, not 1"),
         ({"phase": {"mixture": {"prose": 0.0}}}, "phases.0.mixture: the weights sum to 0, not 1"),
         (

@@ -36,7 +36,8 @@ def save(name: str, rank: int, folder: Path) -> None:
     layout = parallel.start(run, rank, 2, rank, folder / f"{name}.store")
     trainer = step.build_trainer(run, layout)
     # One step, so that the optimizer has state of its own to save beside the weights.
-    step.train_step(trainer, StepBatch(torch.arange(2 * 2 * 49).reshape(2, 2, 49) % 125, 0), 1e-3, [])
+    rows = torch.arange(2 * 2 * 49).reshape(2, 2, 49) % 125
+    step.train_step(trainer, StepBatch(rows[..., :-1].contiguous(), rows[..., 1:].contiguous()), 1e-3, [])
     model: Any = torch_dist.module(trainer)
     if layout.tensor_size == 1 and layout.first_stage and layout.last_stage:
         # Whole on each rank: the same noise everywhere, so that no bias is zero and no norm is one.

@@ -9,11 +9,14 @@ import pytest
 import torch
 import xxhash
 
-from crystal_hpc.config.schema import Run
-from crystal_hpc.data.batches import PhaseBatches, held_out_batches
+from crystal_hpc.config.schema import Fim, Run
+from crystal_hpc.data.batches import PhaseBatches, StepBatch, held_out_batches
 from crystal_hpc.data.build import build_store
+from crystal_hpc.data.fim import PhaseFim, Place, Rewriter
 from crystal_hpc.data.order import PhaseOrder, run_orders
+from crystal_hpc.data.rows import Rows, rows_digest
 from crystal_hpc.data.store import TokenStore
+from crystal_hpc.data.tokenizer import Tokenizer
 
 LENGTH, BATCH = 16, 24
 Open = Callable[..., PhaseBatches]
@@ -62,6 +65,11 @@ def open_batches(stores: dict[str, TokenStore], order: PhaseOrder) -> Iterator[O
         batches.close()
 
 
+def whole(batch: StepBatch) -> torch.Tensor:
+    """The rows of a batch, inputs and last label: (micro-batches, micro-batch, LENGTH + 1)."""
+    return torch.cat([batch.tokens, batch.labels[..., -1:]], dim=-1)
+
+
 def row_at(position: int, order: PhaseOrder, stores: dict[str, TokenStore]) -> list[int]:
     source, _, row = (int(column[0]) for column in order.samples(np.array([position])))
     tokens: list[int] = stores[order.sources[source]].row(row, LENGTH).tolist()
@@ -73,7 +81,7 @@ def test_a_micro_batch_holds_the_positions_that_the_formula_gives(
 ) -> None:
     micro_batch, size, step = 2, 3, 5
     for rank in range(size):
-        rows = open_batches(micro_batch, rank, size).read(step).rows
+        rows = whole(open_batches(micro_batch, rank, size).read(step))
         assert rows.shape == (BATCH // (micro_batch * size), micro_batch, LENGTH + 1)
         assert rows.dtype == torch.int64
         for m, rows_of_micro_batch in enumerate(rows.tolist()):
@@ -87,8 +95,8 @@ def test_a_step_holds_the_same_rows_whatever_the_ranks(open_batches: Open, micro
     for step in (0, 3, 77):
         expected = open_batches(BATCH).read(step)
         shares = [open_batches(micro_batch, rank, size).read(step) for rank in range(size)]
-        together = torch.stack([share.rows for share in shares], dim=1).reshape(BATCH, -1)
-        assert torch.equal(together, expected.rows[0])
+        together = torch.stack([whole(share) for share in shares], dim=1).reshape(BATCH, -1)
+        assert torch.equal(together, whole(expected)[0])
         assert sum(share.digest for share in shares) % 2**64 == expected.digest
 
 
@@ -96,7 +104,7 @@ def test_reading_ahead_changes_nothing(open_batches: Open) -> None:
     ahead, plain = open_batches(), open_batches()
     for number in [0, 1, 2, 3, 3, 9, 10, 0, 1, 99, 100]:
         one, other = ahead.step(number), plain.read(number)
-        assert torch.equal(one.rows, other.rows)
+        assert torch.equal(whole(one), whole(other))
         assert one.digest == other.digest
 
 
@@ -112,8 +120,9 @@ def test_closing_ends_the_reading_thread(stores: dict[str, TokenStore], order: P
 def test_labels_are_tokens_one_ahead(open_batches: Open) -> None:
     batch = open_batches().read(1)
     micro_batches = list(batch)
-    assert len(micro_batches) == len(batch.rows) == BATCH // 2
-    for rows, micro_batch in zip(batch.rows, micro_batches, strict=True):
+    assert len(micro_batches) == len(batch.tokens) == BATCH // 2
+    for rows, micro_batch in zip(whole(batch), micro_batches, strict=True):
+        assert micro_batch.keys() == {"tokens", "labels"}
         tokens, labels = micro_batch["tokens"], micro_batch["labels"]
         assert tokens.shape == labels.shape == (2, LENGTH)
         assert torch.equal(labels[:, :-1], tokens[:, 1:])
@@ -140,7 +149,7 @@ def test_held_out_rows_are_shared_in_whole_micro_batches(
     shares = [held_out_batches(store, LENGTH, rows, micro_batch, rank, size) for rank in range(size)]
     counts = {len(share) for share in shares}
     assert counts == {rows // (micro_batch * size)}
-    together = [row.tolist() for several in zip(*shares, strict=True) for rows_ in several for row in rows_]
+    together = [row for several in zip(*shares, strict=True) for share in several for row in whole(share)[0].tolist()]
     assert together == [store.row(n, LENGTH).tolist() for n in range(counts.pop() * micro_batch * size)]
 
 
@@ -148,4 +157,69 @@ def test_held_out_rows_end_where_the_store_does(stores: dict[str, TokenStore]) -
     store = stores["a"]
     batches = held_out_batches(store, LENGTH, 10**9, 1, 0, 1)
     assert len(batches) == store.rows(LENGTH)
-    assert batches[0].shape == (1, LENGTH + 1)
+    assert batches[0].tokens.shape == (1, 1, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def fim(order: PhaseOrder, tokenizer_folder: Path) -> PhaseFim:
+    """FIM of source `b` alone."""
+    return PhaseFim({"b": Fim(rate=0.9, loss="middle")}, Rewriter(Tokenizer.load(tokenizer_folder), 1))
+
+
+def test_fim_changes_the_rows_of_its_source_alone_and_brings_a_mask(
+    stores: dict[str, TokenStore], order: PhaseOrder, fim: PhaseFim
+) -> None:
+    batches = PhaseBatches(order, stores, BATCH, 2, fim=fim)
+    batch = batches.read(3)
+    batches.close()
+    assert batch.loss_mask is not None and batch.loss_mask.shape == batch.tokens.shape == batch.labels.shape
+    assert [micro_batch["loss_mask"].shape for micro_batch in batch] == [(2, LENGTH)] * (BATCH // 2)
+    rows, masks = whole(batch).reshape(BATCH, -1), batch.loss_mask.reshape(BATCH, -1)
+    changed = 0
+    for position, (row, mask) in enumerate(zip(rows, masks, strict=True), 3 * BATCH):
+        source, epoch, number = (int(column[0]) for column in order.samples(np.array([position])))
+        plain = row_at(position, order, stores)
+        if order.sources[source] == "a":
+            assert row.tolist() == plain and mask.all()
+        else:
+            whole_row = np.array([plain], np.int32)
+            done, counts = fim.rewriter.rewrite(whole_row, [Place("b", epoch, number)], [fim.by_source["b"]])
+            assert row.tolist() == done[0].tolist() and mask.tolist() == counts[0].tolist()
+            changed += row.tolist() != plain
+    assert changed > 2
+
+
+@pytest.mark.parametrize(("micro_batch", "size"), [(1, 1), (2, 3), (4, 6)])
+def test_a_step_with_fim_is_the_same_whatever_the_ranks(
+    stores: dict[str, TokenStore], order: PhaseOrder, fim: PhaseFim, micro_batch: int, size: int
+) -> None:
+    def read(micro_batch: int, rank: int, size: int) -> StepBatch:
+        batches = PhaseBatches(order, stores, BATCH, micro_batch, rank, size, fim)
+        ahead, plain = batches.step(7), batches.read(8)
+        assert torch.equal(batches.step(8).tokens, plain.tokens) and ahead.digest != plain.digest
+        batches.close()
+        return ahead
+
+    expected = read(BATCH, 0, 1)
+    shares = [read(micro_batch, rank, size) for rank in range(size)]
+    for name in ("tokens", "labels"):
+        together = torch.stack([getattr(share, name) for share in shares], dim=1)
+        assert torch.equal(together.reshape(BATCH, -1), getattr(expected, name)[0])
+    everything = torch.ones(BATCH // micro_batch // size, micro_batch, LENGTH, dtype=torch.bool)
+    masks = [everything if share.loss_mask is None else share.loss_mask for share in shares]
+    assert expected.loss_mask is not None
+    assert torch.equal(torch.stack(masks, dim=1).reshape(BATCH, -1), expected.loss_mask[0])
+    assert sum(share.digest for share in shares) % 2**64 == expected.digest
+
+
+def test_a_digest_tells_masks_and_labels_that_are_not_one_ahead() -> None:
+    inputs = np.arange(12, dtype=np.int32).reshape(2, 6)
+    labels, at = inputs + 1, np.array([4, 9])
+    plain = rows_digest(Rows(inputs, labels), at)
+    assert plain == rows_digest(Rows(inputs, labels, np.ones((2, 6), bool)), at), "a mask that says nothing is none"
+    alone = [rows_digest(Rows(inputs[n : n + 1], labels[n : n + 1]), at[n : n + 1]) for n in range(2)]
+    assert sum(alone) % 2**64 == plain
+    other, mask = labels.copy(), np.ones((2, 6), bool)
+    other[1, 2], mask[1, 2] = 0, False
+    seen = [rows_digest(Rows(inputs, x, y), at) for x in (labels, other) for y in (None, mask)]
+    assert len(set(seen)) == 4 and seen[0] == plain
