@@ -8,14 +8,13 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
 from crystal_hpc import __version__
+from crystal_hpc.cli_data import data, with_progress
 from crystal_hpc.errors import CrystalError
 
 RUN_FOLDER = click.argument("run", type=click.Path(path_type=Path))
@@ -208,65 +207,7 @@ def report(run: Path) -> None:
     click.echo(write_report(run))
 
 
-def _progress(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command a progress callback `on_progress(what, done, total)`."""
-
-    @wraps(command)
-    def with_progress(**arguments: Any) -> None:
-        from crystal_hpc.progress import shown_progress
-
-        with shown_progress() as on_progress:
-            command(on_progress=on_progress, **arguments)
-
-    return with_progress
-
-
-@main.group()
-def data() -> None:
-    """Make corpora, tokenizers and token stores."""
-
-
-@data.command("corpus")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the JSONL files.")
-@click.option("--bytes-per-source", type=int, default=10_000_000, show_default=True)
-@click.option("--held-out", type=float, default=0.02, show_default=True, help="Share of documents kept for evaluation.")
-@_progress
-def data_corpus(out: Path, bytes_per_source: int, held_out: float, on_progress: Any) -> None:
-    """Collect a small corpus of prose and code from this Python installation."""
-    from crystal_hpc.data.harvest import harvest
-
-    for name, counts in harvest(out, bytes_per_source, held_out, on_progress).items():
-        click.echo(f"{out / name}: {counts['documents']:,} documents, {counts['bytes']:,} bytes")
-
-
-@data.command("tokenizer")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for tokenizer.json.")
-@click.option("--vocab", "vocab_size", type=int, default=32_000, show_default=True, help="Without special tokens.")
-@_progress
-def data_tokenizer(files: tuple[Path, ...], out: Path, vocab_size: int, on_progress: Any) -> None:
-    """Train a LLaMA-style BPE tokenizer on JSONL files."""
-    from crystal_hpc.data.tokenizer import train_tokenizer
-
-    made = train_tokenizer(list(files), out, vocab_size, on_progress)
-    click.echo(f"{out}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint}")
-
-
-@data.command("build")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--tokenizer", required=True, type=click.Path(path_type=Path), help="A tokenizer.json or its folder.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the store.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Of the shuffle.")
-@click.option("--fresh", is_flag=True, help="Delete a store that is there, and start again.")
-@_progress
-def data_build(files: tuple[Path, ...], tokenizer: Path, out: Path, seed: int, fresh: bool, on_progress: Any) -> None:
-    """Encode JSONL files into a token store; run again after a crash to go on."""
-    from crystal_hpc.data.build import build_store
-
-    info = build_store(list(files), out, tokenizer, seed=seed, fresh=fresh, on_progress=on_progress)
-    assert info is not None
-    rejected = f", rejected lines {dict(info.rejected)}" if info.rejected else ""
-    click.echo(f"{out}: {info.documents:,} documents, {info.tokens:,} tokens, {len(info.shards)} shards{rejected}")
+main.add_command(data)
 
 
 @main.command()
@@ -277,7 +218,7 @@ def data_build(files: tuple[Path, ...], tokenizer: Path, out: Path, seed: int, f
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights; default: as trained.")
 @click.option("--overwrite", is_flag=True, help="Replace an export that is there.")
 @click.option("--verify/--no-verify", default=True, help="Compare the logits with Megatron's.")
-@_progress
+@with_progress
 def export(
     run: Path, out: Path | None, phase: str | None, step: int | None, dtype: Any, overwrite: bool, verify: bool,
     on_progress: Any,

@@ -94,6 +94,20 @@ def write_file(path: Path, content: str | bytes) -> None:
         fsync_path(path.parent)
 
 
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Replaces a file whole by what the block writes under the name that it gets: fsync, rename."""
+    pending = path.with_name(f"{path.name}.{os.getpid()}{PENDING}")
+    with disk_errors(path):
+        try:
+            yield pending
+            fsync_path(pending)
+            os.replace(pending, path)
+        finally:
+            pending.unlink(missing_ok=True)
+        fsync_path(path.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replaces a JSON file whole, indented for people."""
     write_file(path, json.dumps(value, indent=2) + "\n")

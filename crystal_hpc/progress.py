@@ -1,6 +1,7 @@
 """What commands and tools do alike: show that long work goes on, stop when told, say a mistake in one line.
 
-Library functions take a callback `(what, done, total)` and know nothing of terminals; commands and tools get one here.
+Library functions take a callback `(what, done, total, note)` and know nothing of terminals; commands and tools get one
+here.
 """
 
 import contextlib
@@ -8,16 +9,26 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from crystal_hpc.errors import CrystalError
 
-Progress = Callable[[str, int, int], None]
+
+class Progress(Protocol):
+    """Told what is done, how much of it, how much there is in all, and a word on it (counts, rate, time left)."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "", /) -> None: ...
+
+
 SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextlib.contextmanager
-def shown_progress() -> Iterator[Progress]:
-    """A progress callback that prints to stderr."""
+def shown_progress(quiet: bool = False) -> Iterator[Progress]:
+    """A progress callback that prints to stderr; nothing with `quiet`, for all but one of many processes."""
+    if quiet:
+        yield lambda *_: None
+        return
     if not sys.stderr.isatty():
         yield _plain_lines()
         return
@@ -27,10 +38,10 @@ def shown_progress() -> Iterator[Progress]:
     with Bars(console=Console(stderr=True)) as bars:
         tasks = {}
 
-        def show(what: str, done: int, total: int) -> None:
+        def show(what: str, done: int, total: int, note: str = "") -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+            bars.update(tasks[what], completed=done, total=total, description=f"{what}: {note}" if note else what)
 
         yield show
 
@@ -38,11 +49,12 @@ def shown_progress() -> Iterator[Progress]:
 def _plain_lines() -> Progress:
     last = time.monotonic()
 
-    def show(what: str, done: int, total: int) -> None:
+    def show(what: str, done: int, total: int, note: str = "") -> None:
         nonlocal last
         if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            print(f"{what}: {done / max(total, 1):.0%}", file=sys.stderr, flush=True)
+            said = f"{what}: {done / max(total, 1):.0%}" + (f", {note}" if note else "")
+            print(said, file=sys.stderr, flush=True)
 
     return show
 
@@ -58,8 +70,11 @@ def run(main: Callable[[], int]) -> None:
 
 
 def stop_on_signals() -> Callable[[], bool]:
-    """Makes Ctrl-C and SIGTERM set a flag, and returns the question whether it is set."""
+    """Makes Ctrl-C and SIGTERM set a flag, and returns the question whether it is set.
+
+    Lets in one that was held back until now, as in the scripts of `slurm/`."""
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     return lambda: bool(signals)

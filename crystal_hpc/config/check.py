@@ -48,6 +48,9 @@ def run_problems(run: Run) -> Iterator[str]:
         yield f"phases: two phases are called {name!r}; give each its own name"
     for name in sorted(set(run.data.held_out.values()) & set(run.data.sources.values())):
         yield f"data.held_out: {name} is also a training source; held-out documents must not be trained on"
+    for name in run.data.most_epochs:
+        if name not in run.data.sources:
+            yield f"data.most_epochs.{name}: no such source{did_you_mean(name, run.data.sources)}"
     for index, phase in enumerate(run.phases):
         yield from (f"phases.{index}.{problem}" for problem in _phase_problems(run, phase))
 

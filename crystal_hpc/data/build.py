@@ -1,48 +1,48 @@
-"""Builds a token store: documents in, a folder of HDF5 shards and a store.json out.
+"""Builds a token store: documents in, a folder of HDF5 shards and a store.json out, by any number of processes.
 
-The third step of a token's way: `corpus` says where the documents are and in which order, `tokenizer` encodes them,
-`store` writes each shard. What goes into which shard follows from the corpus and the settings alone, and every shard
-is a task of its own (`Build.write_shard`), so ranks can share them and a build that was cut short goes on where it was.
+    corpus -> units -> parts (encoded, each sorted)     data/corpus, data/parts
+    parts  -> which documents go into which shard       data/division
+    parts  -> shards                                    data/merge
+    shards -> store.json, the marker
 
-On disk, in this order: `build.json` (the plan), the shards, `store.json` (the marker). See `files` for the commit rule.
+Each arrow is done piece by piece by whoever comes first (`data/work`): one process, its helpers on the other cores, the
+ranks of mpiexec or srun, or the tasks of a Slurm array, all with the same command. What is finished stays finished
+through kill -9; and since documents are sorted by a hash of their text, the bytes depend on the documents and the
+settings alone. See `files` for the commit rule.
 """
 
 import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-import xxhash
 
 from crystal_hpc.data.catalog import (
     BUILD_FILE,
     FORMAT,
+    HELD_OUT,
     STORE_FILE,
     StoreInfo,
-    digest_of,
     read_store_info,
-    shard_name,
+    tokenizer_file,
 )
-from crystal_hpc.data.corpus import (
-    MOST_REJECTED,
-    CorpusIndex,
-    Document,
-    Progress,
-    check_file,
-    index_corpus,
-    read_documents,
-)
-from crystal_hpc.data.shard import Documents, Tokens, read_shard_info, token_type, write_shard
+from crystal_hpc.data.corpus import LONGEST, MOST_REJECTED, Document, Fields, Unit, list_units, read_unit
 from crystal_hpc.data.tokenizer import Tokenizer
+from crystal_hpc.data.work import SECONDS_BETWEEN_LOOKS, claimed
+from crystal_hpc.data.worker import LOCKS, PARTS, Worker
 from crystal_hpc.errors import StoreError
-from crystal_hpc.files import PENDING, disk_errors, make_folder, read_json, write_json
+from crystal_hpc.files import PENDING, disk_errors, make_folder, read_json, remove_folder, write_json
+from crystal_hpc.progress import Progress
 
-SHARD_BYTES = 64_000_000  # of text
-BATCH_BYTES = 500_000  # of text handed to the tokenizer at a time: enough for all cores, soon done when asked to stop
+SHARD_TOKENS = 1 << 28
+UNIT_BYTES = 4 << 20, 128 << 20  # the smallest and the largest unit of work
+SAMPLE_CHARACTERS = 100_000  # of each of so many units, on which engines are compared
+SAMPLE_UNITS = 8
 
 # What must be the same for a build to be continued, with the words to say so.
 _MUST_AGREE = {
@@ -51,258 +51,247 @@ _MUST_AGREE = {
     "seed": "seed",
     "bos": "BOS",
     "eos": "EOS",
-    "shard_bytes": "shard size",
-    "corpus": "corpus",
+    "shard_tokens": "shard size",
+    "held_out": "held-out share",
+    "fields": "fields",
+    "longest": "longest document",
+    "inputs": "corpus files",
 }
-
-
-Watch = Callable[[str, int, int], None]  # shows progress, or raises Stopped
 
 
 class Stopped(Exception):
     """Carries a request to stop out of the depths of a build."""
 
 
-@dataclass(frozen=True)
-class Build:
-    """A planned build: everything that a rank needs to write any of the shards.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What may be chosen about a build."""
 
-    Shard k holds documents bounds[k]..bounds[k+1]-1 of the shuffled order.
-    """
-
-    out: Path
-    name: str
-    index: CorpusIndex
-    encoder: Tokenizer
-    plan: dict[str, Any]  # the content of build.json
-    bounds: tuple[int, ...]
-
-    @property
-    def shards(self) -> int:
-        return len(self.bounds) - 1
+    name: str | None = None
+    """The store's; default: its folder's."""
+    seed: int = 1
+    """Of the shuffle, 0..2**64-1."""
+    bos: bool = True
+    """Whether each document begins with the tokenizer's BOS."""
+    eos: bool = True
+    """Whether each document ends with its EOS."""
+    fields: Fields = field(default_factory=Fields)
+    """The names of text, id, language and path in JSON objects or Parquet columns."""
+    format: str | None = None
+    """Of the inputs: jsonl, parquet or text; default: found out."""
+    shard_tokens: int = SHARD_TOKENS
+    """In a shard; a shard ends with the document before the one that holds the next one's first token."""
+    held_out: float = 0.0
+    """Share of the documents that go into a store of their own beside this one, named -held-out."""
+    most_rejected: float = MOST_REJECTED
+    """Share of unusable records to put up with."""
+    longest: int = LONGEST
+    """Bytes of the longest record that is taken."""
+    engine: str | None = None
+    """tokenizers or gigatoken; default: the fastest that proves identical."""
 
 
 def build_store(
     inputs: Sequence[Path],
     out: Path,
     tokenizer: Path,
+    options: Options | None = None,
     *,
-    name: str | None = None,
-    seed: int = 1,
-    bos: bool = True,
-    eos: bool = True,
-    shard_bytes: int = SHARD_BYTES,
-    most_rejected: float = MOST_REJECTED,
     fresh: bool = False,
+    workers: int = 1,
+    place: tuple[int, int] = (0, 1),
     on_progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> StoreInfo | None:
-    """Encodes JSON Lines files into a token store at `out`, documents shuffled by (seed, text).
+    """Encodes a corpus into a token store at `out`, documents shuffled by (seed, text).
 
-    `tokenizer` is a tokenizer.json or its folder. `bos` and `eos` say whether each document gets them. `shard_bytes`
-    is the UTF-8 text that goes into a shard; `most_rejected` the share of unusable lines to put up with. `name`
-    defaults to the folder's.
+    `inputs` are files and folders (`data.corpus`), `tokenizer` is a tokenizer.json or its folder. `workers` processes
+    of this machine take part; `place` is this process's (number, count) among others started with the same command.
 
-    Run again after a crash it goes on from the finished shards; after completion it returns at once. `should_stop` is
-    asked between batches: once it says yes, None is returned, and the next run goes on. Raises StoreError for a bad
-    corpus or tokenizer, and when `out` holds a store from another corpus or other settings (`fresh` deletes that
-    first); DiskError when the disk refuses.
+    Run again after a crash it goes on from what is finished; after completion it returns at once. Once `should_stop`
+    says yes, None is returned, and the next run goes on.
+
+    Raises StoreError for a bad corpus or tokenizer, and when `out` holds a store from another corpus or other settings
+    (`fresh` deletes that first); DiskError when the disk refuses.
     """
-    if shard_bytes < 1:
-        raise StoreError(f"a shard of {shard_bytes} bytes of text is too small; the default is {SHARD_BYTES}")
+    options = options or Options()
+    _check(options)
 
-    def watch(what: str, done: int, total: int) -> None:
+    def watch(what: str, done: int, total: int, note: str = "") -> None:
         if should_stop and should_stop():
             raise Stopped
         if on_progress:
-            on_progress(what, done, total)
+            on_progress(what, done, total, note)
 
     encoder = Tokenizer.load(tokenizer)
-    plan = {
-        "format": FORMAT,
-        "tokenizer": encoder.fingerprint,
-        "seed": seed,
-        "bos": encoder.bos if bos else None,
-        "eos": encoder.eos if eos else None,
-        "shard_bytes": shard_bytes,
-        "inputs": _identities(inputs),
-    }
-    make_folder(out)
+    units = list_units(inputs, unit_bytes=_unit_bytes(inputs, options), format=options.format)
+    plan = _plan(inputs, out, tokenizer, encoder, units, options)
+    if fresh and place[1] > 1:
+        raise StoreError(f"{out}: --fresh is for one process, and {place[1]} were started; delete the folder first")
     if fresh:
         _remove_store(out)
-    if finished := _finished(out, plan):
-        return finished
     try:
-        build = plan_build(inputs, out, encoder, plan, name, most_rejected, watch)
-        for number in range(build.shards):
-            if not _is_written(out / shard_name(number)):
-                build_shard(build, number, watch)
+        if finished := _begin(out, plan, encoder, units, options, watch):
+            return finished
+        with _helpers(out, min(workers, len(units)) - 1):
+            return Worker(out, encoder, units, place, watch).run()
     except Stopped:
         return None
-    return finish_build(build)
 
 
-def plan_build(
-    inputs: Sequence[Path],
-    out: Path,
-    encoder: Tokenizer,
-    plan: dict[str, Any],
-    name: str | None,
-    most_rejected: float,
-    watch: Watch,
-) -> Build:
-    """Indexes the corpus, cuts it into shards and commits build.json. Raises StoreError where another was begun."""
-    index = index_corpus(inputs, plan["seed"], most_rejected, watch)
-    bounds = shard_bounds(index.entries["text_bytes"], plan["shard_bytes"])
-    plan = plan | {"corpus": index.digest, "documents": len(index.entries), "shards": len(bounds) - 1}
-    _refuse_another(out, plan)
-    write_json(out / BUILD_FILE, plan)
-    return Build(out, name or out.resolve().name, index, encoder, plan, bounds)
+def _begin(
+    out: Path, plan: dict[str, Any], encoder: Tokenizer, units: Sequence[Unit], options: Options, watch: Progress
+) -> StoreInfo | None:
+    """Commits build.json, whoever comes first; the store if it is complete. Raises StoreError where another is."""
+    _found(out, plan)  # before anything is made
+    while True:
+        locks = make_folder(out / PARTS / LOCKS)
+        # The folder goes when another process completes the store: then this one begins again, and finds it.
+        with contextlib.suppress(FileNotFoundError), claimed(locks / "plan.lock") as mine:
+            if mine:
+                old = _found(out, plan)
+                if old and (finished := _finished(out)):
+                    return finished
+                (out / STORE_FILE).unlink(missing_ok=True)  # of a store that has lost a shard
+                proof = old.get("engine") or asdict(encoder.choose_engine(options.engine, [*_samples(units, options)]))
+                write_json(out / BUILD_FILE, {**old, **plan, "engine": proof})
+                return None
+        watch("waiting for others", 0, 1)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def shard_bounds(text_bytes: npt.NDArray[np.int64], shard_bytes: int) -> tuple[int, ...]:
-    """Where the shards begin and end in the shuffled order, as document numbers, from 0 to the number of documents.
+def help_build(out: Path) -> None:
+    """Takes part in the build that another process on this machine began, until it is done."""
+    plan = read_json(out / BUILD_FILE)
+    parent = os.getppid()
 
-    A document belongs to the shard that its first byte falls into, so a shard exceeds `shard_bytes` by less than one
-    document, and a document larger than that does not leave an empty shard behind.
-    """
-    shard = (np.cumsum(text_bytes) - text_bytes) // shard_bytes
-    inner = np.flatnonzero(np.diff(shard)) + 1
-    return (0, *inner.tolist(), len(text_bytes))
+    def watch(_what: str, _done: int, _total: int, _note: str = "") -> None:
+        if os.getppid() != parent:
+            raise Stopped
 
-
-def build_shard(build: Build, number: int, watch: Watch) -> None:
-    """Encodes and writes one shard. Independent of all others, and the same whoever does it."""
-    start, stop = build.bounds[number], build.bounds[number + 1]
-    text_bytes = build.index.entries["text_bytes"]
-    done, total = int(text_bytes[:start].sum()), int(text_bytes.sum())
-    dtype = token_type(build.encoder.vocab_size)
-    pieces: list[Tokens] = []
-    lengths: list[int] = [0]
-    hashes: list[tuple[int, int]] = []
-    for texts in _batches(read_documents(build.index, start, stop)):
-        watch("encoding", done, total)
-        ids = _encode(build, texts)
-        pieces.append(np.array(list(chain.from_iterable(ids)), dtype))
-        lengths.extend(map(len, ids))
-        hashes.extend(divmod(xxhash.xxh3_128_intdigest(text.encode()), 1 << 64) for text in texts)
-        done += sum(len(text.encode()) for text in texts)
-    path = build.out / shard_name(number)
-    documents = Documents(
-        offsets=np.cumsum(lengths, dtype=np.int64),
-        hashes=np.array(hashes, np.uint64),
-        id_hashes=np.zeros((len(hashes), 2), np.uint64),
-        info_offsets=np.zeros(len(hashes) + 1, np.int64),
-        info=np.zeros(0, np.uint8),
-    )
-    write_shard(path, documents, np.concatenate(pieces), _attributes(build, number))
-    watch("encoding", done, total)
+    encoder = Tokenizer.load(Path(plan["tokenizer_path"]))
+    units = list_units([Path(path) for path in plan["paths"]], unit_bytes=plan["unit_bytes"], format=plan["kind"])
+    with contextlib.suppress(Stopped, StoreError):  # what is wrong, the one that began finds out for itself
+        Worker(out, encoder, units, (0, 1), watch).run()
 
 
-def _batches(documents: Sequence[Document]) -> Iterator[list[str]]:
-    """Texts in groups of about BATCH_BYTES characters."""
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document.text)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+@contextlib.contextmanager
+def _helpers(out: Path, count: int) -> Iterator[None]:
+    """So many more processes that work on the same build; they end with the block."""
+    command = [sys.executable, "-m", "crystal_hpc.data.build", str(out)]
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"} if count > 0 else {}
+    if count > 0:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A session of their own: Ctrl-C is for the one that can say so.
+    helpers = [subprocess.Popen(command, env=environment, start_new_session=True) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for helper in helpers:
+            helper.send_signal(signal.SIGTERM)  # at any moment: nothing is lost but a part in the making
+            helper.wait()
 
 
-def _encode(build: Build, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, with BOS and EOS as planned."""
-    front, back = ([] if build.plan[end] is None else [build.plan[end]] for end in ("bos", "eos"))
-    return [front + ids + back for ids in build.encoder.encode_batch(texts)]
+def _check(options: Options) -> None:
+    if options.shard_tokens < 1:
+        raise StoreError(f"a shard of {options.shard_tokens} tokens is too small; the default is {SHARD_TOKENS}")
+    if not 0 <= options.seed < 2**64:
+        raise StoreError(f"seed {options.seed} is out of range: choose one from 0 to 2**64 - 1")
+    if not 0 <= options.held_out < 1:
+        raise StoreError(f"a held-out share of {options.held_out:g} makes no sense: from 0 up to, but not including, 1")
 
 
-def _attributes(build: Build, number: int) -> dict[str, int | str]:
-    """What a person who opens a shard with h5dump would like to know."""
+def _unit_bytes(inputs: Sequence[Path], options: Options) -> int:
+    """The size of a unit of work: many for any number of processes, the same whatever that number is."""
+    smallest, largest = UNIT_BYTES
+    total = sum(unit.size for unit in list_units(inputs, unit_bytes=largest, format=options.format))
+    return max(smallest, min(largest, total // 64))
+
+
+def _plan(
+    inputs: Sequence[Path], out: Path, tokenizer: Path, encoder: Tokenizer, units: Sequence[Unit], options: Options
+) -> dict[str, Any]:
+    """The content of build.json: all that another process needs to take part."""
+    files = {str(unit.path): [unit.file_size, unit.mtime_ns] for unit in units}
+    texts = {str(unit.path / text.name): [text.size, text.mtime_ns] for unit in units for text in unit.files}
     return {
-        "about": "documents in shuffled order, one after another: tokens[doc_offsets[i]:doc_offsets[i+1]] is the i-th",
-        "tokenizer": build.encoder.fingerprint,
-        "vocab_size": build.encoder.vocab_size,
-        "corpus": build.index.digest,
-        "seed": str(build.index.seed),
-        "shard": number,
-        "shards": build.shards,
-        "bos": str(build.plan["bos"]),
-        "eos": str(build.plan["eos"]),
+        "format": FORMAT,
+        "name": options.name or out.resolve().name,
+        "tokenizer": encoder.fingerprint,
+        "tokenizer_path": str(tokenizer_file(tokenizer).resolve()),
+        "seed": options.seed,
+        "bos": encoder.bos if options.bos else None,
+        "eos": encoder.eos if options.eos else None,
+        "shard_tokens": options.shard_tokens,
+        "held_out": options.held_out,
+        "fields": asdict(options.fields),
+        "longest": options.longest,
+        "most_rejected": options.most_rejected,
+        "kind": options.format,
+        "unit_bytes": _unit_bytes(inputs, options),
+        "paths": sorted(str(Path(path).resolve()) for path in inputs),
+        "inputs": {**files, **texts},
     }
 
 
-def finish_build(build: Build) -> StoreInfo:
-    """Writes store.json, which makes the store one; all shards must be there."""
-    shards = tuple(read_shard_info(build.out / shard_name(number)) for number in range(build.shards))
-    info = StoreInfo(
-        folder=build.out,
-        name=build.name,
-        tokenizer=build.encoder.fingerprint,
-        vocab_size=build.encoder.vocab_size,
-        max_token=max(shard.max_token for shard in shards),
-        dtype=token_type(build.encoder.vocab_size).name,
-        documents=sum(shard.documents for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        seed=build.index.seed,
-        bos=build.plan["bos"],
-        eos=build.plan["eos"],
-        rejected=build.index.rejected,
-        shards=shards,
-        digest=digest_of(shard.digest for shard in shards),
-    )
-    write_json(build.out / STORE_FILE, info.as_json())
-    for stale in build.out.glob(f"*{PENDING}"):  # of runs that were killed
-        stale.unlink(missing_ok=True)
-    return info
+def _samples(units: Sequence[Unit], options: Options) -> Iterator[str]:
+    """Some documents from different places of the corpus."""
+    for unit in units[:: max(1, len(units) // SAMPLE_UNITS)]:
+        left = SAMPLE_CHARACTERS
+        for item, _ in read_unit(unit, options.fields, longest=options.longest):
+            if isinstance(item, Document):
+                yield item.text[:left]
+                left -= len(item.text)
+            if left <= 0:
+                break
 
 
-def _identities(inputs: Sequence[Path]) -> list[list[str | int]]:
-    """Path, size and time of every input: enough to know, without reading them, that nothing has changed."""
-    return sorted([str(path.resolve()), check_file(path), path.stat().st_mtime_ns] for path in inputs)
-
-
-def _finished(out: Path, plan: dict[str, Any]) -> StoreInfo | None:
-    """The store at `out` if it is the one asked for and complete. Raises StoreError where another is in the way."""
-    old = _refuse_another(out, plan)
-    if old.get("inputs") != plan["inputs"]:
-        return None  # perhaps the same documents all the same: indexing will tell
-    with contextlib.suppress(StoreError):  # half-written, or a shard was deleted: go on building
-        return read_store_info(out)
-    return None
-
-
-def _refuse_another(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """The plan found at `out`, empty if there is none; raises StoreError when it is not this one."""
+def _found(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan at `out` where this build was begun before, else {}; raises StoreError when `out` holds another."""
     remedy = "choose another folder, or build afresh (--fresh), which deletes what is there"
     try:
         old = read_json(out / BUILD_FILE)
-        found = {words: (old[key], plan[key]) for key, words in _MUST_AGREE.items() if key in plan}
+        pairs = {words: (old[key], plan[key]) for key, words in _MUST_AGREE.items()}
     except FileNotFoundError:
         if (out / STORE_FILE).exists():
             raise StoreError(f"{out}: holds a store without its {BUILD_FILE}; {remedy}") from None
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{out / BUILD_FILE}: not a build plan ({error!r}); {remedy}") from error
-    different = [f"{words} {was}, not {now}" for words, (was, now) in found.items() if was != now]
+        raise StoreError(f"{out / BUILD_FILE}: not a build plan of this version ({error!r}); {remedy}") from error
+    different = [_difference(words, was, now) for words, (was, now) in pairs.items() if was != now]
     if different:
         raise StoreError(f"{out}: holds a store, perhaps unfinished, with {', '.join(different)}; {remedy}")
-    plan_found: dict[str, Any] = old
-    return plan_found
+    found: dict[str, Any] = old
+    return found
 
 
-def _is_written(shard: Path) -> bool:
-    """Whether a shard is there and whole; one that is damaged is written again."""
-    with contextlib.suppress(StoreError):
-        return bool(read_shard_info(shard).tokens)
-    return False
+def _difference(words: str, was: Any, now: Any) -> str:
+    if not isinstance(was, dict):
+        return f"{words} {was}, not {now}"
+    changed = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
+    return f"other {words} ({changed[0]}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''})"
+
+
+def _finished(out: Path) -> StoreInfo | None:
+    """The store at `out` if it is complete."""
+    with contextlib.suppress(StoreError):  # half-written, or a shard was deleted: go on building
+        info = read_store_info(out)
+        remove_folder(out / PARTS)  # of a run that was killed in its last moment
+        return info
+    return None
 
 
 def _remove_store(out: Path) -> None:
-    """Deletes a store, marker first; other files in the folder stay."""
-    with disk_errors(out):
-        for pattern in (STORE_FILE, "shard-*.h5", f"*{PENDING}", BUILD_FILE):
-            for path in out.glob(pattern):
-                path.unlink(missing_ok=True)
+    """Deletes a store and its held-out one, markers first; other files in the folders stay."""
+    beside = out.with_name(out.name + HELD_OUT)
+    ours = beside.exists() and (beside / BUILD_FILE).exists() and "held_out_of" in read_json(beside / BUILD_FILE)
+    for folder in (out, beside) if ours else (out,):
+        with disk_errors(folder):
+            for pattern in (STORE_FILE, "shard-*.h5", "rejected.jsonl", f"*{PENDING}", BUILD_FILE):
+                for path in folder.glob(pattern):
+                    path.unlink(missing_ok=True)
+        remove_folder(folder / PARTS)
+
+
+if __name__ == "__main__":
+    help_build(Path(sys.argv[1]))

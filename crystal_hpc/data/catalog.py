@@ -18,6 +18,7 @@ FORMAT = 2
 STORE_FILE = "store.json"  # the marker: written last, names everything
 BUILD_FILE = "build.json"  # the plan: written first, says what the folder is to become
 TOKENIZER_FILE = "tokenizer.json"
+HELD_OUT = "-held-out"  # behind the name of a store: that of the store beside it which is never trained on
 
 
 def shard_name(number: int) -> str:
@@ -141,9 +142,14 @@ def _check_size(path: Path, shard: ShardInfo) -> None:
         raise StoreError(f"{path}: {size} bytes, but {STORE_FILE} says {shard.bytes}; {remedy}")
 
 
+def tokenizer_file(path: Path) -> Path:
+    """The tokenizer.json that a path names, itself or as its folder."""
+    return path / TOKENIZER_FILE if path.is_dir() else path
+
+
 def read_tokenizer_json(path: Path) -> dict[str, Any]:
     """The content of a Hugging Face tokenizer.json, given the file or its folder; raises StoreError."""
-    path = path / TOKENIZER_FILE if path.is_dir() else path
+    path = tokenizer_file(path)
     try:
         value = json.loads(path.read_bytes())  # bytes: JSON is UTF-8, whatever the locale says
     except FileNotFoundError:

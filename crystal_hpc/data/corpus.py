@@ -1,225 +1,178 @@
-"""Reads documents out of JSON Lines files: where each one lies, in which order they are shuffled, what they say.
+"""Reads documents out of files as users have them: JSON Lines (plain, gzip, zstd), Parquet, folders of text files.
 
-The first step of a token's way; `data/build` is the caller. `index_corpus` scans the files once and remembers only
-numbers, so an index is some 40 bytes a document; `read_documents` fetches the texts later, a shard at a time. The order
-is keyed by (seed, text): it does not depend on the names, the number or the order of the files.
+The first step of a token's way; `data/build` and the training of a tokenizer are the callers. `list_units` cuts files
+into units of work, which can be read by different processes; `read_unit` streams the documents of one. Whatever the
+size of a file, only the record at hand is in memory. A record without a usable document is never passed over in
+silence: it comes as a Rejected, for an account of Rejections.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import groupby
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO
 
-import numpy as np
-import numpy.typing as npt
-import xxhash
-
-from crystal_hpc.errors import StoreError
-
-# Told while something long goes on: what, how much is done, how much there is in all.
-Progress = Callable[[str, int, int], None]
-
-MOST_REJECTED = 0.01  # of all lines
-BLANK = "blank line"  # counted, but no sign of a damaged file: kept out of the limit above
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"BZh": "bzip2",
-    b"\xfd7zX": "xz",
-    b"PK\x03\x04": "zip",
-}
-
-INDEX_TYPE = np.dtype(
-    [("key", "<u8"), ("tie", "<u8"), ("file", "<u4"), ("offset", "<i8"), ("length", "<i8"), ("text_bytes", "<i8")]
+from crystal_hpc.data import parquet
+from crystal_hpc.data.records import (
+    BLANK,
+    LONGEST,
+    Document,
+    Fields,
+    Rejected,
+    parse_file,
+    parse_line,
+    parse_row,
+    sample_of,
+    too_long,
 )
+from crystal_hpc.data.rejections import MOST_REJECTED, Rejections
+from crystal_hpc.data.streams import BLOCK, BLOCKS, BOM, Damaged, split_lines
+from crystal_hpc.data.units import UNIT_BYTES, TextFile, Unit, list_units, shown
+from crystal_hpc.errors import StoreError
+from crystal_hpc.progress import Progress
+
+__all__ = [
+    "BLANK",
+    "LONGEST",
+    "MOST_REJECTED",
+    "UNIT_BYTES",
+    "Document",
+    "Fields",
+    "Progress",
+    "Rejected",
+    "Rejections",
+    "TextFile",
+    "Unit",
+    "list_units",
+    "read_unit",
+    "text_of_all",
+]
+
+Record = tuple[Document | Rejected, int]
+_PROGRESS_EVERY = 256  # records
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document of a corpus; `source` and `path` are empty where the line does not say."""
+def read_unit(unit: Unit, fields: Fields, *, longest: int = LONGEST) -> Iterator[Record]:
+    """Every record of a unit, as a Document or Rejected, with the bytes of the unit that are read so far.
 
-    text: str
-    source: str = ""
-    path: str = ""
-
-
-class Rejected(ValueError):
-    """A line that holds no usable document; the message is the reason, in a form that can be counted."""
-
-
-@dataclass(frozen=True)
-class CorpusIndex:
-    """Where every document of a corpus lies, sorted by shuffle key.
-
-    `entries` is an INDEX_TYPE array, one record a document: its 128-bit shuffle key in two halves (`key`, `tie`), its
-    place (`file` number, byte `offset` and `length` of the line) and its text's UTF-8 `text_bytes`.
+    A record of more than `longest` bytes is rejected without being held in memory. Raises StoreError for a file that
+    cannot be read, is cut off or damaged, or has changed since the unit was listed.
     """
-
-    files: tuple[Path, ...]
-    seed: int
-    entries: npt.NDArray[Any]
-    rejected: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> str:
-        """A hex digest of the documents and their order, blind to where they lie."""
-        digest = xxhash.xxh3_128()
-        for column in ("key", "tie", "text_bytes"):
-            digest.update(self.entries[column].tobytes())
-        return digest.hexdigest()
+    if unit.format == "text":
+        yield from _read_texts(unit, longest)
+        return
+    _check_unchanged(unit.path, unit.file_size, unit.mtime_ns)
+    if unit.format == "parquet":
+        yield from _read_rows(unit, fields, longest)
+    else:
+        yield from _read_lines(unit, fields, longest)
+    _check_unchanged(unit.path, unit.file_size, unit.mtime_ns)
 
 
-def parse_line(line: bytes) -> Document:
-    """The document in a line of JSON; raises Rejected with the reason where there is none."""
-    if not line.strip():
-        raise Rejected(BLANK)
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-        raise Rejected("not UTF-8 JSON") from None
-    if not isinstance(value, dict) or "text" not in value:
-        raise Rejected("no text")
-    text = value["text"]
-    if not isinstance(text, str):
-        raise Rejected("text is not a string")
-    if not text.strip():
-        raise Rejected("empty text")
-    # JSON can name half a surrogate pair ("\ud800"), which is no character and cannot be encoded.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Rejected("lone surrogate") from None
-    return Document(text, str(value.get("source", "")), str(value.get("path", value.get("id", ""))))
+def text_of_all(
+    inputs: Sequence[Path],
+    fields: Fields,
+    on_progress: Progress | None = None,
+    *,
+    what: str = "reading",
+    format: str | None = None,
+    most_rejected: float = MOST_REJECTED,
+) -> Iterator[str]:
+    """The texts of all documents in files and folders, file by file, for the training of a tokenizer.
 
-
-def shuffle_key(text: bytes, seed: int) -> tuple[int, int]:
-    """The 128-bit hash of (seed, text) as two 64-bit halves: the sort key, and a tie-break between different texts."""
-    digest = xxhash.xxh3_128_intdigest(text, seed)
-    return digest >> 64, digest & (2**64 - 1)
-
-
-def index_corpus(
-    paths: Iterable[Path], seed: int = 1, most_rejected: float = MOST_REJECTED, on_progress: Progress | None = None
-) -> CorpusIndex:
-    """Scans JSON Lines files and returns the place and shuffle key of every document, sorted by key.
-
-    `seed` lies in 0..2**64-1. Lines without a usable document are counted by reason in `rejected`. Raises StoreError
-    for a missing, unreadable or compressed file, a corpus without documents, and when more than `most_rejected` (a
-    share) of the lines that are not blank are unusable; it names the first of them.
+    `what` names the work in progress, which is told in bytes. Raises StoreError as list_units and read_unit do and, at
+    the end, when more than `most_rejected` (a share) of the records are unusable or there is no document.
     """
-    files = tuple(Path(path) for path in paths)
-    if not files:
-        raise StoreError("no corpus files were named: give at least one .jsonl file")
-    if not 0 <= seed < 2**64:
-        raise StoreError(f"seed {seed} is out of range: choose one from 0 to 2**64 - 1")
-    sizes = [check_file(path) for path in files]
-    rejections = _Rejections()
-    chunks = []
-    for number, path in enumerate(files):
-        lines = _lines(path, sum(sizes[:number]), sum(sizes), on_progress)
-        chunks.append(_index_file(number, path, lines, seed, rejections))
-    entries = np.concatenate(chunks)
-    rejections.check(most_rejected, len(entries), files)
-    entries = entries[np.lexsort((entries["text_bytes"], entries["tie"], entries["key"]))]
-    return CorpusIndex(files, seed, entries, dict(sorted(rejections.counts.items())))
+    units = list_units(inputs, format=format)
+    total, before, documents = sum(unit.size for unit in units), 0, 0
+    rejections = Rejections()
+    for unit in units:
+        for number, (record, done) in enumerate(read_unit(unit, fields)):
+            if on_progress and number % _PROGRESS_EVERY == 0:
+                on_progress(what, before + done, total)
+            if isinstance(record, Rejected):
+                rejections.add(unit.path, record)
+            else:
+                documents += 1
+                yield record.text
+        before += unit.size
+    rejections.check(most_rejected, documents)
 
 
-class _Rejections:
-    """The lines that index_corpus could not use: how many for each reason, and where the first one is."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self.first = ""
-
-    def add(self, path: Path, line_number: int, reason: str) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        if reason != BLANK and not self.first:
-            self.first = f"the first is line {line_number} of {path} ({reason})"
-
-    def check(self, most: float, documents: int, files: tuple[Path, ...]) -> None:
-        bad = sum(count for reason, count in self.counts.items() if reason != BLANK)
-        if bad > most * (bad + documents):
-            raise StoreError(
-                f"{bad} of {bad + documents} lines hold no usable document, more than the {most:.2%} allowed; "
-                f"{self.first}; each line must be a JSON object with a text that is not empty"
-            )
-        if not documents:
-            raise StoreError(f"the corpus is empty: {', '.join(map(str, files))} hold no document")
-
-
-def check_file(path: Path) -> int:
-    """The size of a corpus file in bytes; raises StoreError where it cannot be read as JSON Lines."""
-    if not path.exists():
-        raise StoreError(f"{path}: no such corpus file")
-    if not path.is_file():
-        raise StoreError(f"{path}: not a file; name the .jsonl files themselves, for example {path}/*.jsonl")
+def _check_unchanged(path: Path, size: int, mtime_ns: int) -> None:
+    """Raises StoreError where a file is not what it was when it was listed."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(4)
+        now = os.stat(path)
     except OSError as error:
-        raise StoreError(f"{path}: the corpus file cannot be read ({error.strerror})") from error
-    for magic, name in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise StoreError(f"{path}: the corpus file is compressed ({name}); unpack it first")
-    return path.stat().st_size
+        raise _unreadable(path, error) from error
+    if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
+        raise StoreError(f"{shown(path)}: the corpus file was changed while it was read; run the same command again")
 
 
-def _lines(path: Path, before: int, total: int, on_progress: Progress | None) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, line) of every line of a file that has `before` of `total` bytes in front of it."""
-    offset = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            yield offset, line
-            offset += len(line)
-            if on_progress and number % 256 == 0:
-                on_progress("indexing", before + offset, total)
+def _unreadable(path: Path, error: OSError) -> StoreError:
+    return StoreError(f"{shown(path)}: the corpus file cannot be read ({error.strerror or error})")
 
 
-def _index_file(
-    number: int, path: Path, lines: Iterable[tuple[int, bytes]], seed: int, rejections: _Rejections
-) -> npt.NDArray[Any]:
-    """The INDEX_TYPE records of one file's documents."""
-    records = []
-    for line_number, (offset, line) in enumerate(lines, 1):
-        try:
-            text = parse_line(line).text.encode()
-            records.append((*shuffle_key(text, seed), number, offset, len(line), len(text)))
-        except Rejected as reason:
-            rejections.add(path, line_number, str(reason))
-    return np.array(records, INDEX_TYPE)
-
-
-def read_document(file: BinaryIO, offset: int, length: int) -> Document:
-    """The document in the `length` bytes at `offset`; raises Rejected where there is none (any more)."""
-    file.seek(offset)
-    return parse_line(file.read(length))
-
-
-def read_documents(index: CorpusIndex, start: int, stop: int) -> list[Document]:
-    """Documents start..stop-1 of the shuffled order. Raises StoreError when a file is not what it was when indexed.
-
-    Reads file by file and forwards, since jumping about is what shared disks are worst at.
-    """
-    entries = index.entries[start:stop]
-    places = np.lexsort((entries["offset"], entries["file"]))
-    found: list[Document | None] = [None] * len(entries)
-    for number, group in groupby(places, key=lambda place: int(entries["file"][place])):
-        path = index.files[number]
-        with open(path, "rb") as file:
-            for place in group:
-                found[place] = _read_again(path, file, entries[place], index.seed)
-    return [document for document in found if document is not None]
-
-
-def _read_again(path: Path, file: BinaryIO, entry: Any, seed: int) -> Document:
-    """A document that was indexed before, checked against its key."""
+def _read_lines(unit: Unit, fields: Fields, longest: int) -> Iterator[Record]:
+    """The records of a JSON Lines unit: of the lines that begin in start..stop-1."""
     try:
-        document = read_document(file, int(entry["offset"]), int(entry["length"]))
-        unchanged = shuffle_key(document.text.encode(), seed) == (int(entry["key"]), int(entry["tie"]))
-    except Rejected:
-        unchanged = False
-    if not unchanged:
-        raise StoreError(f"{path}: the corpus file was changed while it was read; run the same command again")
-    return document
+        with open(unit.path, "rb", buffering=0) as file:
+            at = _first_line(file, unit)
+            blocks = BLOCKS[unit.compression](file) if at < unit.stop else iter(())
+            for length, line in split_lines(blocks, longest):
+                if at == 0 and line.startswith(BOM):
+                    line = line[len(BOM) :]
+                found = too_long(longest) if length > longest else parse_line(line, fields)
+                record = Rejected(found, f"byte {at}", sample_of(line)) if isinstance(found, str) else found
+                at += length + 1
+                yield record, file.tell() if unit.compression else min(at - unit.start, unit.size)
+                if at >= unit.stop and not unit.compression:
+                    return
+    except Damaged as error:
+        raise StoreError(f"{shown(unit.path)}: the {unit.compression} file {error}; fetch it again") from error
+    except OSError as error:
+        raise _unreadable(unit.path, error) from error
+
+
+def _first_line(file: IO[bytes], unit: Unit) -> int:
+    """Goes to the beginning of the first line that begins in the unit (or behind it), and returns where that is."""
+    if unit.start == 0:
+        return 0
+    at = unit.start - 1  # a line that begins at `start` has its newline before it
+    file.seek(at)
+    while at < unit.stop and (block := file.read(BLOCK)):
+        if (newline := block.find(b"\n")) >= 0:
+            file.seek(at + newline + 1)
+            return at + newline + 1
+        at += len(block)
+    return unit.stop
+
+
+def _read_rows(unit: Unit, fields: Fields, longest: int) -> Iterator[Record]:
+    """The records of a Parquet unit."""
+    others = [fields.id, fields.language, fields.path]
+    found_rows = parquet.rows(unit.path, unit.start, unit.stop, fields.text, others)
+    for done, (number, total, row) in enumerate(found_rows, 1):
+        found = parse_row(row, fields, longest)
+        place = f"row {number}"
+        record = Rejected(found, place, sample_of(row[fields.text] or b"")) if isinstance(found, str) else found
+        yield record, unit.size * done // total
+
+
+def _read_texts(unit: Unit, longest: int) -> Iterator[Record]:
+    """The records of a unit of text files."""
+    done = 0
+    for text in unit.files:
+        path = unit.path / text.name
+        # What a document says of itself has to be UTF-8, which the name of a file need not be.
+        name = os.fsencode(text.name).decode("utf-8", "backslashreplace")
+        _check_unchanged(path, text.size, text.mtime_ns)
+        try:
+            with open(path, "rb") as file:
+                content = file.read(text.size if text.size <= longest else 1024)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        found = too_long(longest) if text.size > longest else parse_file(content, name)
+        _check_unchanged(path, text.size, text.mtime_ns)
+        place = f"file {shown(text.name)}"
+        done += text.size
+        yield Rejected(found, place, sample_of(content)) if isinstance(found, str) else found, done

@@ -13,11 +13,11 @@ with a closed form for how many of each source came before. The j-th sample of a
 P(j mod rows) of epoch j div rows, where P is a keyed permutation: each epoch visits every row once, in an order of its
 own. Sources go on where earlier phases left them, in the middle of an epoch too.
 
-Rows are permuted by Feistel networks over the next power of four with cycle walking (Black and Rogaway, CT-RSA 2002): a
-value that falls outside [0, n) is sent through again until it falls inside, which keeps the map a bijection.
+The way back, from a row to the positions that read it (`positions`), is as direct: P is inverted for each epoch, and
+the position of the j-th sample of a source is found by bisection, as its count never falls.
 """
 
-import hashlib
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Run
 from crystal_hpc.data.catalog import rows
+from crystal_hpc.data.permutation import mix, permute, round_keys, unpermute
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     Ints = npt.NDArray[np.int64]
 
-ROUNDS = 6
 MIN_BLOCK = 64
 
 
@@ -79,6 +79,48 @@ class PhaseOrder:
         counts = self._counts(number)
         return {name: counts[k] + inside[k] for k, name in enumerate(self.sources)}
 
+    def positions(self, source: str, row: int, samples: int) -> list[tuple[int, int]]:
+        """Every (position, epoch) among the phase's first `samples` samples that reads this row, in order.
+
+        The inverse of `samples`; empty for a source that the phase leaves out. Takes O(log samples) for each epoch.
+        """
+        if source not in self.sources:
+            return []
+        k = self.sources.index(source)
+        count, first = self.rows[k], self.start[k]
+        assert 0 <= row < count, (source, row, count)
+        last = first + self._given(k, samples)
+        found = []
+        for epoch in range(first // count, -(-last // count)):
+            ordinal = epoch * count + unpermute(row, count, self._row_keys(k, epoch))
+            if first <= ordinal < last:
+                found.append((self._position(k, ordinal - first, samples), epoch))
+        return found
+
+    def first_repeat(self, source: str, samples: int) -> int | None:
+        """The first position that gives a row of the source again; None if none of the first `samples` does.
+
+        Again: after this phase, or an earlier one of the same sequence length, has given it. As every row comes once
+        before any comes twice, this is where the second epoch begins.
+        """
+        if source not in self.sources:
+            return None
+        k = self.sources.index(source)
+        fresh = max(0, self.rows[k] - self.start[k])
+        return self._position(k, fresh, samples) if fresh < self._given(k, samples) else None
+
+    def _given(self, k: int, samples: int) -> int:
+        """How many of the first `samples` samples come from source k: `consumed` for one source."""
+        number = samples // self.block
+        low, high = (deal(samples, edge, self.block, self._deal_key)[1] for edge in self._edges(number)[k : k + 2])
+        return self._counts(number)[k] + int(high - low)
+
+    def _position(self, k: int, index: int, samples: int) -> int:
+        """The position of sample number `index` of source k, which is among the first `samples` positions."""
+        number = bisect_right(range(samples // self.block + 1), index, key=lambda number: self._counts(number)[k]) - 1
+        inside = range(number * self.block, (number + 1) * self.block)
+        return inside[bisect_right(inside, index, key=lambda position: self._given(k, position)) - 1]
+
     @property
     def _deal_key(self) -> int:
         return round_keys(f"{self.seed}|{self.phase}|deal")[0]
@@ -102,10 +144,12 @@ class PhaseOrder:
         row = np.empty_like(index)
         for k, e in set(zip(source.tolist(), epoch.tolist(), strict=True)):
             here = (source == k) & (epoch == e)
-            # The phase has no part in this: an epoch that spans two phases keeps one permutation.
-            keys = round_keys(f"{self.seed}|rows|{self.sources[k]}|{self.sequence_length}|{e}")
-            row[here] = permute(index[here], self.rows[k], keys)
+            row[here] = permute(index[here], self.rows[k], self._row_keys(k, e))
         return row
+
+    def _row_keys(self, k: int, epoch: int) -> list[int]:
+        """Keys of the epoch's permutation. The phase has no part in them: an epoch that spans two keeps its order."""
+        return round_keys(f"{self.seed}|rows|{self.sources[k]}|{self.sequence_length}|{epoch}")
 
 
 def run_orders(run: Run, tokens: Mapping[str, int]) -> list[PhaseOrder]:
@@ -157,46 +201,9 @@ def deal(position: Any, edge: Any, block: int, key: int) -> tuple[Any, Any]:
     for level in reversed(range(levels)):
         spacing = levels - level
         bit = (position >> level) & 1
-        coin = _mix(((position >> level) | 1) << level, key) >> 63
+        coin = mix(((position >> level) | 1) << level, key) >> 63
         # Where the bit is set, the stretch beside this one comes before it, and has these low bits of slots:
         other = slot | ((bit ^ coin ^ 1) << (spacing - 1))
         slot = slot | ((bit ^ coin) << (spacing - 1))
         below = below + bit * ((edge + (1 << spacing) - 1 - other) >> spacing)
     return slot, below
-
-
-def round_keys(key: str) -> list[int]:
-    """The Feistel network's round keys: 64 bits each, from BLAKE2b of a text."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8 * ROUNDS).digest()
-    return [int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8)]
-
-
-def permute(index: Any, size: int, keys: list[int]) -> Any:
-    """A bijection of [0, size) chosen by the keys; takes an int, or an int64 array (any shape)."""
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    if isinstance(index, int):
-        value = _feistel(index, half, keys)
-        while value >= size:
-            value = _feistel(value, half, keys)
-        return value
-    value = _feistel(index.astype("uint64"), half, keys)
-    while (outside := value >= size).any():
-        value[outside] = _feistel(value[outside], half, keys)
-    return value.astype("int64")
-
-
-def _feistel(value: Any, half: int, keys: list[int]) -> Any:
-    """Permutes [0, 4**half); ints and uint64 arrays give the same values."""
-    mask = (1 << half) - 1
-    left, right = value >> half, value & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right, key) & mask)
-    return (left << half) | right
-
-
-def _mix(value: Any, key: int) -> Any:
-    """A 64-bit finaliser (MurmurHash3's constants) of value and key; arrays wrap around by themselves."""
-    wrap = (1 << 64) - 1
-    value = ((value ^ key) * 0xFF51AFD7ED558CCD) & wrap
-    value = ((value ^ (value >> 33)) * 0xC4CEB9FE1A85EC53) & wrap
-    return value ^ (value >> 33)

@@ -5,11 +5,14 @@ which have no store.json, are the files asked for their shapes. `crystal plan`, 
 through here, so a store that cannot serve the run is a line on the screen, not a failed job.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Run
 from crystal_hpc.data.catalog import (
     BUILD_FILE,
@@ -19,6 +22,7 @@ from crystal_hpc.data.catalog import (
     read_tokenizer_identity,
     rows,
 )
+from crystal_hpc.data.order import run_orders
 from crystal_hpc.data.sentinels import read_sentinels
 from crystal_hpc.errors import ConfigError, StoreError
 
@@ -78,7 +82,8 @@ def read_sources(run: Run) -> Sources:
             f"model.vocab_size: {run.model.vocab_size} is smaller than the tokenizer's {vocab_size} ids; "
             f"make it {vocab_size} or more"
         )
-    problems.extend(_too_short(run, training))
+    problems.extend(_trained_on(training, held_out))
+    problems.extend(_too_short(run, training) or _read_too_often(run, training))
     problems.extend(_other_lengths(run, training, held_out))
     problems.extend(_no_fim(run, training))
     if problems:
@@ -103,14 +108,46 @@ def _read_stores(named: dict[str, str], key: str, fingerprint: str, problems: li
     return found
 
 
-def _too_short(run: Run, training: dict[str, StoreInfo]) -> Iterator[str]:
-    for index, phase in enumerate(run.phases):
-        for name, weight in phase.mixture.items():
-            if weight > 0 and name in training and rows(training[name].tokens, phase.sequence_length) < 1:
+def _trained_on(training: dict[str, StoreInfo], held_out: dict[str, StoreInfo]) -> Iterator[str]:
+    """`config.check` compares paths; the same tokens may lie under two."""
+    for name, info in held_out.items():
+        for source, trained in training.items():
+            if info.digest == trained.digest and info.tokens:
                 yield (
-                    f"phases.{index}.sequence_length: {phase.sequence_length} is longer than the whole store "
-                    f"{name!r} ({training[name].tokens} tokens)"
+                    f"data.held_out.{name}: {info.folder} holds the same tokens as the training source {source!r} "
+                    f"({trained.folder}); held-out documents must not be trained on"
                 )
+
+
+def _too_short(run: Run, training: dict[str, StoreInfo]) -> list[str]:
+    return [
+        f"phases.{index}.sequence_length: {phase.sequence_length} is longer than the whole store "
+        f"{name!r} ({training[name].tokens} tokens)"
+        for index, phase in enumerate(run.phases)
+        for name, weight in phase.mixture.items()
+        if weight > 0 and name in training and rows(training[name].tokens, phase.sequence_length) < 1
+    ]
+
+
+def _read_too_often(run: Run, training: dict[str, StoreInfo]) -> Iterator[str]:
+    """The sources that the run reads more often than data.most_epochs allows. No store may be too short."""
+    if not run.data.most_epochs or training.keys() != run.data.sources.keys():
+        return
+    read = dict.fromkeys(training, Fraction(0))
+    passed: dict[str, int] = {}  # in which phase
+    orders = run_orders(run, {name: info.tokens for name, info in training.items()})
+    for index, (phase, order) in enumerate(zip(run.phases, orders, strict=True)):
+        counts = order.consumed(derive.phase_samples(phase)).values()
+        for name, count, size in zip(order.sources, counts, order.rows, strict=True):
+            read[name] += Fraction(count, size)  # exact: one row too many is one too many
+            if name in run.data.most_epochs and read[name] > Fraction(str(run.data.most_epochs[name])):
+                passed.setdefault(name, index)
+    for name, index in passed.items():
+        yield (
+            f"data.most_epochs.{name}: the plan reads it {math.ceil(read[name] * 100) / 100:.2f} times, "
+            f"more than the {run.data.most_epochs[name]:g} allowed; the limit is passed in phase "
+            f"{run.phases[index].name!r} (phases.{index}); make that shorter, the weight smaller or the limit larger"
+        )
 
 
 def _other_lengths(run: Run, training: dict[str, StoreInfo], held_out: dict[str, StoreInfo]) -> Iterator[str]:

@@ -9,7 +9,7 @@ a space is a space, nothing is put in front, nothing is normalized, unknown char
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from crystal_hpc.data import engine
 from crystal_hpc.data.catalog import TOKENIZER_FILE, read_tokenizer_json, tokenizer_identity
-from crystal_hpc.data.corpus import CorpusIndex, Progress, index_corpus, read_documents
+from crystal_hpc.data.corpus import Fields, Progress, text_of_all
 from crystal_hpc.errors import StoreError
 from crystal_hpc.files import make_folder, write_file, write_json
 
@@ -64,6 +64,7 @@ _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 RARE = 200_000  # a character seen less than once in so many is left to the byte tokens
 LONGEST_TOKEN = 16  # characters, as in LLaMA
 SMALLEST_VOCABULARY = 512
+_FIELDS = Fields()
 
 _BOS_NAMES = (BOS, "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<|endoftext|>", "<|end_of_text|>")
 _EOS_NAMES = (EOS, "<|end_of_text|>", "<|endoftext|>", "<eos>")
@@ -150,22 +151,34 @@ class Tokenizer:
 
 
 def train_tokenizer(
-    files: Sequence[Path], out_folder: Path, vocab_size: int, on_progress: Progress | None = None
+    inputs: Sequence[Path],
+    out_folder: Path,
+    vocab_size: int,
+    on_progress: Progress | None = None,
+    *,
+    fields: Fields = _FIELDS,
+    format: str | None = None,
 ) -> Tokenizer:
-    """Trains a byte-fallback BPE on the texts of JSON Lines files and writes a folder that transformers can load.
+    """Trains a byte-fallback BPE on the texts of a corpus and writes a folder that transformers can load.
+
+    `inputs`, `fields` and `format` are as in `corpus`: files and folders of JSON Lines, Parquet or text.
 
     Ids 0..vocab_size-1 are the trio, the bytes and the merges; the 22 special tokens follow, so the result's
     `vocab_size` is larger by 22. All texts are read: give a sample of a large corpus (some hundred MB are plenty). The
-    same documents give the same files, byte for byte. Raises StoreError for a bad corpus, for a size below
-    SMALLEST_VOCABULARY, and when the texts are too few for so many tokens; DiskError when the folder cannot be written.
+    same documents give the same files, byte for byte, in whatever order they come: only counts are learned from. Raises
+    StoreError for a bad corpus, for a size below SMALLEST_VOCABULARY, and when the texts are too few for so many
+    tokens; DiskError when the folder cannot be written.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise StoreError(f"a vocabulary of {vocab_size} is too small: ask for {SMALLEST_VOCABULARY} tokens or more")
-    index = index_corpus(files, on_progress=on_progress)
-    model = _train_model(index, vocab_size, on_progress)
+
+    def texts(what: str) -> Iterator[str]:
+        return text_of_all(inputs, fields, on_progress, what=what, format=format)
+
+    model = _train_model(texts, vocab_size)
     if len(model["vocab"]) != vocab_size:
         raise StoreError(
-            f"{', '.join(map(str, files))}: the texts hold {len(model['vocab'])} different tokens, not {vocab_size}; "
+            f"{', '.join(map(str, inputs))}: the texts hold {len(model['vocab'])} different tokens, not {vocab_size}; "
             "train on more text, or ask for a smaller vocabulary"
         )
     value: dict[str, Any] = json.loads(_assemble(model).to_str())
@@ -175,29 +188,20 @@ def train_tokenizer(
     return Tokenizer.load(out_folder)
 
 
-def _texts(index: CorpusIndex, what: str, on_progress: Progress | None) -> Iterator[str]:
-    """Every text of a corpus, a few at a time in memory."""
-    total = len(index.entries)
-    for start in range(0, total, 256):
-        if on_progress:
-            on_progress(what, start, total)
-        yield from (document.text for document in read_documents(index, start, start + 256))
-
-
-def _alphabet(index: CorpusIndex, most: int, on_progress: Progress | None) -> list[str]:
+def _alphabet(texts: Iterable[str], most: int) -> list[str]:
     """The characters that get a token of their own: printable ASCII, and whatever else is common."""
     counts: Counter[str] = Counter()
     characters = 0
-    for text in _texts(index, "counting characters", on_progress):
+    for text in texts:
         characters += len(text)
         counts.update(_NOT_ASCII.findall(text))
     common = [char for char, count in counts.items() if count > max(1, characters // RARE)]
     return ASCII + sorted(common, key=lambda char: (-counts[char], char))[:most]
 
 
-def _train_model(index: CorpusIndex, vocab_size: int, on_progress: Progress | None) -> dict[str, Any]:
-    """The `model` part of a tokenizer.json, with vocabulary and merges."""
-    alphabet = _alphabet(index, vocab_size // 8, on_progress)
+def _train_model(texts: Callable[[str], Iterator[str]], vocab_size: int) -> dict[str, Any]:
+    """The `model` part of a tokenizer.json, with vocabulary and merges. `texts(what)` reads the corpus once."""
+    alphabet = _alphabet(texts("counting characters"), vocab_size // 8)
     library = tokenizers.Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True))
     library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated")
     trainer = trainers.BpeTrainer(
@@ -210,7 +214,7 @@ def _train_model(index: CorpusIndex, vocab_size: int, on_progress: Progress | No
         max_token_length=LONGEST_TOKEN,
         show_progress=False,
     )
-    library.train_from_iterator(_texts(index, "learning merges", on_progress), trainer)
+    library.train_from_iterator(texts("learning merges"), trainer)
     model: dict[str, Any] = json.loads(library.to_str())["model"]
     return model
 

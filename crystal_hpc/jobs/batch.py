@@ -228,6 +228,17 @@ def prepare_by_hand(config: Path, overrides: list[str]) -> Path:
     return folder
 
 
+def again() -> int:
+    """Puts a job without a run, such as a build, back into the queue if it was preempted or has had all its time."""
+    job = job_of(os.environ)[0]
+    setup_logging(0, job, 0)
+    fields = slurm.job_fields(job)
+    if fields.get("PreemptTime", "None") != "None" or _is_used_up(fields):
+        log.info("going on from what is finished when Slurm starts job %s again", job)
+        slurm.requeue(job)
+    return 0
+
+
 def _last_start(log_file: Path) -> str:
     """What the log says of this start: requeued jobs append to it."""
     return _tail(log_file).rpartition(BEGIN)[2]
@@ -269,16 +280,18 @@ def _unix(text: str) -> float | None:
 
 
 def main() -> int:
-    """`prepare`, `begin` or `end`, as the batch script says."""
+    """`prepare`, `begin`, `end` or `again`, as the batch script says."""
     parser = argparse.ArgumentParser(description="Before and after the ranks of a job; run by its batch script.")
-    parser.add_argument("word", choices=["prepare", "begin", "end"])
-    parser.add_argument("folder", type=Path, help="the run's folder; for `prepare`, its config")
+    parser.add_argument("word", choices=["prepare", "begin", "end", "again"])
+    parser.add_argument("folder", type=Path, nargs="?", help="the run's folder; for `prepare`, its config")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for `prepare`")
     parser.add_argument("--kind", choices=["stage", "train", "evaluate"], default="train")
     parser.add_argument("--phase")
     parser.add_argument("--status", type=int, default=0)
     options = parser.parse_args()
     try:
+        if options.word == "again":
+            return _patiently(again)
         if options.word == "prepare":
             print(prepare_by_hand(options.folder, options.overrides))
             return 0

@@ -32,7 +32,7 @@ class StageTask:
         if place.rank != 0:
             return "finished"
 
-        def on_progress(what: str, done: int, total: int) -> None:
+        def on_progress(what: str, done: int, total: int, _note: str = "") -> None:
             if flag.stop is not Stop.NO:
                 log.info("told to leave at %s, %d of %d", what, done, total)
                 sys.exit(0)

@@ -4,38 +4,25 @@ All of it is arithmetic on the config and the sizes of the stores (`data.order`)
 a second, on a login node. `crystal submit` keeps it as plan.json: the run's data as it stood when the run began.
 """
 
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 from crystal_hpc.config import derive
-from crystal_hpc.config.schema import Run
+from crystal_hpc.config.schema import Phase, Run
 from crystal_hpc.config.units import format_count
-from crystal_hpc.data.catalog import rows
-from crystal_hpc.data.order import run_orders
+from crystal_hpc.data.order import PhaseOrder, run_orders
 from crystal_hpc.data.sources import Sources
+
+WIDTH = 100  # of the text, in columns
+Planned = dict[str, Any]
 
 
 def make_plan(run: Run, sources: Sources) -> dict[str, Any]:
     """The content of plan.json."""
+    epochs = dict.fromkeys(sources.training, 0.0)
     orders = run_orders(run, sources.tokens)
-    phases = []
-    for phase, order in zip(run.phases, orders, strict=True):
-        consumed = order.consumed(derive.phase_samples(phase))
-        phases.append(
-            {
-                "name": phase.name,
-                "steps": derive.phase_steps(phase),
-                "tokens": derive.phase_tokens(phase),
-                "samples": derive.phase_samples(phase),
-                "sources": {
-                    name: {
-                        "samples": count,
-                        "tokens": count * phase.sequence_length,
-                        "epochs": count / rows(sources.tokens[name], phase.sequence_length),
-                    }
-                    for name, count in consumed.items()
-                },
-            }
-        )
+    phases = [_phase(phase, order, epochs) for phase, order in zip(run.phases, orders, strict=True)]
     return {
         "run": run.name,
         "digest": derive.run_digest(run),
@@ -43,32 +30,114 @@ def make_plan(run: Run, sources: Sources) -> dict[str, Any]:
         "parameters": derive.parameters(run.model),
         "tokens": derive.total_tokens(run),
         "sources": {
-            name: {"store": str(info.folder), "tokens": info.tokens, "digest": info.digest}
+            name: {"store": str(info.folder), "tokens": info.tokens, "digest": info.digest, "epochs": epochs[name]}
             for name, info in sources.training.items()
         },
         "phases": phases,
     }
 
 
-def describe_plan(run: Run, plan: dict[str, Any]) -> str:
-    """The plan as text: a line a phase, a line a source in it."""
-    lines = [
-        f"{run.name}: {format_count(plan['parameters'])} parameters, {format_count(plan['tokens'])} tokens, "
-        f"{sum(phase['steps'] for phase in plan['phases']):,} steps in {len(plan['phases'])} phases",
-        f"{'phase / source':<24}{'steps':>10}{'tokens':>12}{'share':>9}{'epochs':>9}",
-    ]
-    for phase in plan["phases"]:
-        lines.append(f"{phase['name']:<24}{phase['steps']:>10,}{format_count(phase['tokens']):>12}")
-        for name, used in phase["sources"].items():
-            share = used["tokens"] / phase["tokens"]
-            tokens = format_count(used["tokens"])
-            lines.append(f"  {name:<22}{'':>10}{tokens:>12}{share:>9.1%}{used['epochs']:>9.2f}")
-    totals = {
-        name: sum(p["sources"].get(name, {}).get("tokens", 0) for p in plan["phases"]) for name in plan["sources"]
+def _phase(phase: Phase, order: PhaseOrder, epochs: dict[str, float]) -> Planned:
+    """One phase of the plan; moves `epochs`, how often the run has read each source so far, to the phase's end."""
+    samples = derive.phase_samples(phase)
+    used = {}
+    for k, (name, count) in enumerate(order.consumed(samples).items()):
+        before = epochs[name]
+        epochs[name] += count / order.rows[k]
+        repeat = order.first_repeat(name, samples)
+        used[name] = {
+            "samples": count,
+            "tokens": count * phase.sequence_length,
+            "epochs": count / order.rows[k],
+            # Whatever the sequence length: the text is the same.
+            "epochs_before": before,
+            "epochs_after": epochs[name],
+            # Of rows that this order gave before: counted anew for another sequence length.
+            "first_repeat_step": None if repeat is None else repeat // phase.batch_size,
+            "repeated_samples": max(0, order.start[k] + count - max(order.start[k], order.rows[k])),
+        }
+    return {
+        "name": phase.name,
+        "sequence_length": phase.sequence_length,
+        "steps": derive.phase_steps(phase),
+        "tokens": derive.phase_tokens(phase),
+        "samples": samples,
+        "sources": used,
     }
-    lines.append("whole run")
-    for name, tokens in totals.items():
-        epochs = tokens / plan["sources"][name]["tokens"]
-        share = tokens / plan["tokens"]
-        lines.append(f"  {name:<22}{'':>10}{format_count(tokens):>12}{share:>9.1%}{epochs:>9.2f}")
-    return "\n".join(lines)
+
+
+def describe_plan(run: Run, plan: dict[str, Any]) -> str:
+    """The plan as text: a line a phase, a line a source in it, the whole run, and what is worth knowing."""
+    steps = sum(phase["steps"] for phase in plan["phases"])
+    return "\n".join(
+        [
+            f"{run.name}: {format_count(plan['parameters'])} parameters, {format_count(plan['tokens'])} tokens, "
+            f"{steps:,} steps in {len(plan['phases'])} phases",
+            *_table(plan),
+            *_notes(plan),
+        ]
+    )
+
+
+def _table(plan: dict[str, Any]) -> Iterator[str]:
+    """`so far` is how often the run has read a source by the phase's end, `repeats from` a step of the phase."""
+    names = [name for phase in plan["phases"] for name in (phase["name"], *phase["sources"])]
+    wide = max(16, *map(len, names)) + 2
+    yield _line(wide, "phase / source", "steps", "tokens", "share", "epochs", "so far", "repeats from")
+    for phase in plan["phases"]:
+        yield _line(wide, phase["name"], f"{phase['steps']:,}", format_count(phase["tokens"]))
+        for name, used in phase["sources"].items():
+            first, share = used["first_repeat_step"], _share(used["tokens"], phase["tokens"])
+            epochs = f"{used['epochs']:.2f}", f"{used['epochs_after']:.2f}"
+            repeats = "" if first is None else f"step {first:,}"
+            yield _line(wide, f"  {name}", "", format_count(used["tokens"]), share, *epochs, repeats)
+    yield _line(wide, "whole run", "", format_count(plan["tokens"]), "", "", "", "in store")
+    for name, source in plan["sources"].items():
+        tokens = sum(phase["sources"].get(name, {}).get("tokens", 0) for phase in plan["phases"])
+        cells = format_count(tokens), _share(tokens, plan["tokens"]), f"{source['epochs']:.2f}"
+        yield _line(wide, f"  {name}", "", *cells, "", format_count(source["tokens"]))
+
+
+def _line(wide: int, name: str, *cells: str) -> str:
+    line = f"{name:<{wide}}"
+    for cell, width in zip(cells, (9, 9, 9, 9, 9, 15), strict=False):
+        line += f"{cell:>{width}}"
+    return line.rstrip()
+
+
+def _notes(plan: dict[str, Any]) -> Iterator[str]:
+    """What of the table is easily overlooked."""
+    seen: dict[str, set[int]] = {}  # the sequence lengths in which each source has been read
+    for phase in plan["phases"]:
+        length = phase["sequence_length"]
+        anew = [name for name in phase["sources"] if name in seen and length not in seen[name]]
+        if anew:
+            yield from _note(
+                f"{phase['name']}: rows of {length:,} tokens have an order of their own, so what was read before is "
+                f"read anew, and repeats count from here: {', '.join(anew)}"
+            )
+        for name, used in phase["sources"].items():
+            seen.setdefault(name, set()).add(length)
+            if used["repeated_samples"]:
+                unread = used["epochs"] * (1 - used["repeated_samples"] / used["samples"])
+                yield from _note(
+                    f"{phase['name']}: {name} runs dry at step {used['first_repeat_step']:,} of {phase['steps']:,}: "
+                    f"{used['epochs']:.2f} epochs wanted, {unread:.2f} unread"
+                )
+    repeated = sum(
+        used["repeated_samples"] * phase["sequence_length"]
+        for phase in plan["phases"]
+        for used in phase["sources"].values()
+    )
+    if repeated:
+        share = _share(repeated, plan["tokens"])
+        yield from _note(f"whole run: {format_count(repeated)} tokens ({share}) are in rows read before")
+
+
+def _share(part: int, whole: int) -> str:
+    share = part / whole
+    return f"{share:.1%}" if share >= 0.001 or not share else f"{share:.4%}"
+
+
+def _note(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="note  ", subsequent_indent="      ", break_on_hyphens=False)

@@ -50,6 +50,15 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> 
     return folder
 
 
+@pytest.fixture(scope="session")
+def crystal_tokenizer() -> Path:
+    """Crystal's own tokenizer.json, where it lies beside the checkout."""
+    path = Path(__file__).parents[3] / "shared" / "data" / "crystal_tokenizer.json"
+    if not path.exists():
+        pytest.skip(f"Crystal's tokenizer.json is not at {path}")
+    return path
+
+
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., Path]:
     """Writes a corpus file of its own for a test: jsonl(["text", ...], "name")."""

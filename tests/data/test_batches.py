@@ -11,7 +11,7 @@ import xxhash
 
 from crystal_hpc.config.schema import Fim, Run
 from crystal_hpc.data.batches import PhaseBatches, StepBatch, held_out_batches
-from crystal_hpc.data.build import build_store
+from crystal_hpc.data.build import Options, build_store
 from crystal_hpc.data.fim import PhaseFim, Place, Rewriter
 from crystal_hpc.data.order import PhaseOrder, run_orders
 from crystal_hpc.data.rows import Rows, rows_digest
@@ -26,7 +26,7 @@ Open = Callable[..., PhaseBatches]
 def stores(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> dict[str, TokenStore]:
     folder = tmp_path_factory.mktemp("stores")
     for seed, name in enumerate(["a", "b"]):
-        build_store([corpus], folder / name, tokenizer_folder, seed=seed)
+        build_store([corpus], folder / name, tokenizer_folder, Options(seed=seed))
     return {name: TokenStore.open(folder / name) for name in ("a", "b")}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from crystal_hpc.data.build import build_store
+from crystal_hpc.data.build import Options, build_store
 from crystal_hpc.data.catalog import StoreInfo, digest_of, read_store_info, rows, shard_name
 from crystal_hpc.errors import StoreError
 
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def store(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> StoreInfo:
     """A finished store of several shards."""
-    info = build_store([corpus], tmp_path / "store", tokenizer_folder, shard_bytes=20_000)
+    info = build_store([corpus], tmp_path / "store", tokenizer_folder, Options(shard_tokens=8000))
     assert info is not None
     return info
 

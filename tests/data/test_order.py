@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Run
 from crystal_hpc.data.catalog import rows
-from crystal_hpc.data.order import PhaseOrder, deal, permute, round_keys, run_orders
+from crystal_hpc.data.order import PhaseOrder, deal, run_orders
+from crystal_hpc.data.permutation import permute, round_keys
 
 LENGTH = 8
 many = settings(deadline=None)

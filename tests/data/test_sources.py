@@ -1,65 +1,78 @@
-"""What a run's stores and tokenizer must have for its fill-in-the-middle is found before anything starts."""
+"""What a run's stores are refused for before anything starts."""
 
-import json
+import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from crystal_hpc.config import derive
 from crystal_hpc.config.load import load_run
-from crystal_hpc.config.schema import Run
-from crystal_hpc.data import fim
-from crystal_hpc.data.sources import read_source_info, read_sources
-from crystal_hpc.errors import ConfigError, StoreError
+from crystal_hpc.data.catalog import rows
+from crystal_hpc.data.sources import read_sources
+from crystal_hpc.errors import ConfigError
+
+Config = dict[str, Any]
+Write = Callable[..., Path]
 
 
-@pytest.fixture
-def wanting(tiny_config: dict[str, Any], write_config: Callable[..., Path]) -> Callable[..., Run]:
-    """The tiny run with FIM in its second phase: wanting(rate=0.5)."""
-
-    def make(**settings: Any) -> Run:
-        tiny_config["phases"][1]["fim"] = {"code": settings}
-        return load_run(write_config(tiny_config))
-
-    return make
+def test_stores_that_fit_the_run_are_read(tiny_config: Config, write_config: Write) -> None:
+    sources = read_sources(load_run(write_config(tiny_config)))
+    assert list(sources.training) == ["prose", "code"] and list(sources.held_out) == ["held-out"]
 
 
-def test_a_tokenizer_without_sentinels_is_a_line_on_the_screen(
-    wanting: Callable[..., Run], tiny_config: dict[str, Any], tmp_path: Path
+def test_held_out_documents_are_not_trained_on_under_another_path(
+    tiny_config: Config, write_config: Write, tmp_path: Path
 ) -> None:
-    read_sources(wanting(rate=0.5))
-    path = Path(tiny_config["data"]["tokenizer"]) / "tokenizer.json"
-    value = json.loads(path.read_text(encoding="utf-8"))
-    for token in value["added_tokens"]:
-        token["content"] = token["content"].replace("fim_suffix", "other")
-    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
-    tiny_config["data"]["tokenizer"] = str(tmp_path / "tokenizer.json")
-    with pytest.raises(ConfigError) as caught:
-        read_sources(wanting(rate=0.5))
-    (said,) = [problem for problem in caught.value.problems if "fim" in problem]
-    assert said.startswith("phases.1.fim.code: ") and "the tokenizer has no <|fim_suffix|> (nor the same" in said
-    with pytest.raises(StoreError, match=r"has no <\|fim_suffix\|>"):
-        fim.load_fims(wanting(rate=0.5))
-    with pytest.raises(ConfigError) as caught:
-        read_sources(wanting(rate=0.0))
-    assert not [problem for problem in caught.value.problems if "fim" in problem], "fim that never happens needs none"
+    shutil.copytree(tiny_config["data"]["sources"]["code"], tmp_path / "copy")
+    run = load_run(write_config(tiny_config), (f"data.held_out={{check: {tmp_path / 'copy'}}}",))
+    with pytest.raises(ConfigError, match=r"data.held_out.check: .*copy holds the same tokens as the training source"):
+        read_sources(run)
 
 
-def test_the_tokenizer_is_loaded_only_where_a_phase_needs_it(wanting: Callable[..., Run]) -> None:
-    without = wanting(rate=0.0)
-    elsewhere = without.model_copy(update={"data": without.data.model_copy(update={"tokenizer": "nowhere"})})
-    assert fim.load_fims(elsewhere) == [None, None, None]
-    loaded = fim.load_fims(wanting(rate=0.5))
-    assert [phase is None for phase in loaded] == [True, False, True]
+def test_a_store_shorter_than_a_row_is_refused(tiny_config: Config, write_config: Write) -> None:
+    run = load_run(write_config(tiny_config), ("phases.code.sequence_length=1000000", "data.most_epochs={code: 1}"))
+    with pytest.raises(ConfigError, match=r"phases.1.sequence_length: 1000000 is longer than the whole store"):
+        read_sources(run)
 
 
-def test_a_folder_without_a_store_is_still_told_apart_from_rows(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="no token store at"):
-        read_source_info(tmp_path / "nowhere")
-    with pytest.raises(StoreError, match="not a token store"):
-        read_source_info(tmp_path)
-    (tmp_path / "build.json").write_text('{"shards": 3}')
-    (tmp_path / "shard-00000.h5").write_text("")
-    with pytest.raises(StoreError, match="half-written, 1 of 3 shards"):
-        read_source_info(tmp_path)
+def test_a_run_may_read_a_source_as_often_as_allowed_and_not_one_sample_more(
+    tiny_config: Config, write_config: Write
+) -> None:
+    tiny_config["phases"] = tiny_config["phases"][:1]  # prose alone
+    tiny_config["parallel"]["micro_batch"] = tiny_config["phases"][0]["batch_size"] = 1
+    tokens = read_sources(load_run(write_config(tiny_config))).tokens["prose"]
+    count = rows(tokens, tiny_config["phases"][0]["sequence_length"])
+    for limit in (1, 2, 2.5):
+        allowed = int(Fraction(limit) * count)
+        for steps in (allowed, allowed + 1):
+            asked = (f"phases.prose.steps={steps}", f"data.most_epochs={{prose: {limit}}}")
+            run = load_run(write_config(tiny_config), asked)
+            assert derive.phase_samples(run.phases[0]) == steps
+            if steps == allowed:
+                read_sources(run)
+                continue
+            with pytest.raises(ConfigError) as caught:
+                read_sources(run)
+            assert f"data.most_epochs.prose: the plan reads it {limit + 0.01:.2f} times" in str(caught.value)
+            assert f"more than the {limit:g} allowed; the limit is passed in phase 'prose'" in str(caught.value)
+
+
+def test_a_limit_counts_all_phases_and_names_the_one_that_passes_it(tiny_config: Config, write_config: Write) -> None:
+    # Rows of another length are other rows, but the same text.
+    longer = ("phases.adaptation.sequence_length=32", "phases.adaptation.steps=30")
+    tokens = read_sources(load_run(write_config(tiny_config))).tokens["code"]
+    before = 0.6 * 4 * 8 * 16 / tokens
+    run = load_run(write_config(tiny_config), (*longer, f"data.most_epochs={{code: {2 * before:.4f}, prose: 1}}"))
+    with pytest.raises(ConfigError, match=r"passed in phase 'adaptation' \(phases.2\)") as caught:
+        read_sources(run)
+    assert "prose" not in str(caught.value).split("data.most_epochs")[1]
+
+
+def test_a_limit_on_no_source_of_the_run_is_refused(tiny_config: Config, write_config: Write) -> None:
+    with pytest.raises(ConfigError, match=r"data.most_epochs.cod: no such source; did you mean 'code'\?"):
+        load_run(write_config(tiny_config), ("data.most_epochs={cod: 2}",))
+    with pytest.raises(ConfigError, match=r"most_epochs"):
+        load_run(write_config(tiny_config), ("data.most_epochs={code: 0}",))

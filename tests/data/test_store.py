@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crystal_hpc.data import store as module
-from crystal_hpc.data.build import build_store
+from crystal_hpc.data.build import Options, build_store
 from crystal_hpc.data.catalog import ShardInfo, StoreInfo, digest_of
 from crystal_hpc.data.shard import BLOCK, Documents, read_shard_info, shuffle_keys, write_shard
 from crystal_hpc.data.store import TokenStore
@@ -26,7 +26,7 @@ from crystal_hpc.errors import StoreError
 @pytest.fixture
 def info(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> StoreInfo:
     """A store of six shards."""
-    built = build_store([corpus], tmp_path / "store", tokenizer_folder, shard_bytes=10_000)
+    built = build_store([corpus], tmp_path / "store", tokenizer_folder, Options(shard_tokens=3900))
     assert built is not None and len(built.shards) == 6
     return built
 
@@ -34,7 +34,7 @@ def info(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> StoreInfo:
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> TokenStore:
     """A store with a shard for almost every document."""
-    built = build_store([corpus], tmp_path_factory.mktemp("many"), tokenizer_folder, shard_bytes=300)
+    built = build_store([corpus], tmp_path_factory.mktemp("many"), tokenizer_folder, Options(shard_tokens=150))
     assert built is not None and len(built.shards) > 80
     return TokenStore.open(built.folder)
 
@@ -148,7 +148,7 @@ def test_a_flipped_bit_is_found_and_named_with_a_remedy_that_works(
     with pytest.raises(StoreError, match=r"shard-00003.h5: block 0 of 1 of the tokens is damaged; delete the file and"):
         TokenStore.open(info.folder).check_digests()
     path.unlink()
-    build_store([corpus], info.folder, tokenizer_folder, shard_bytes=10_000)
+    build_store([corpus], info.folder, tokenizer_folder, Options(shard_tokens=3900))
     TokenStore.open(info.folder).check_digests()
 
 

@@ -118,7 +118,7 @@ def shellcheck() -> str:
 
 
 def test_all_scripts_are_here() -> None:
-    assert FILES == ["convert.sbatch", "env.sh", "evaluate.sbatch", "stage.sbatch", "train.sbatch"]
+    assert FILES == ["build.sbatch", "convert.sbatch", "env.sh", "evaluate.sbatch", "stage.sbatch", "train.sbatch"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -243,6 +243,16 @@ def test_a_run_that_cannot_be_prepared_fails_with_what_python_said(desk: Desk) -
     assert (code, [call.what for call in calls]) == (2, ["prepare"])
 
 
+def test_a_build_passes_on_its_words_and_goes_back_to_the_queue_when_it_was_cut_short(desk: Desk) -> None:
+    words = ["corpus/", "--tokenizer", "tok enizer", "--out", "stores/ü"]
+    code, calls, _ = desk.run("build.sbatch", *words)
+    assert code == 0 and [call.what for call in calls] == ["srun"]
+    assert calls[0].words[-len(words) - 4 :] == ["-m", "crystal_hpc.cli", "data", "build", *words]
+    desk.told = {"srun": {"signals": [signal.SIGTERM, signal.SIGUSR2], "exit": 3}}
+    code, calls, _ = desk.run("build.sbatch", *words)
+    assert code == 3 and [call.what for call in calls] == ["srun", "again"]
+
+
 def test_an_export_passes_on_its_options_and_its_exit_code(desk: Desk) -> None:
     desk.told["export"] = {"exit": 2}
     code, (export,), _ = desk.run("convert.sbatch", str(desk.runs), "--out", HOSTILE)
@@ -320,4 +330,4 @@ def test_a_missing_word_is_told_with_the_usage_and_a_missing_folder_by_its_name(
 def test_it_can_be_submitted_from_anywhere_once_the_checkout_is_named(script: str, desk: Desk) -> None:
     desk.environ = {"SLURM_SUBMIT_DIR": str(desk.tmp), "CRYSTAL_HOME": str(desk.home)}
     code, calls, _ = desk.run(script, str(desk.runs), "code")
-    assert (code, calls[-1].program) == (0, str(desk.home / ".venv/bin/python"))
+    assert code == 0 and str(desk.home / ".venv/bin/python") in (calls[-1].program, *calls[-1].words)
