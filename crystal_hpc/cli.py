@@ -15,6 +15,7 @@ import click
 
 from crystal_hpc import __version__
 from crystal_hpc.cli_data import data, with_progress
+from crystal_hpc.cli_stage import stage
 from crystal_hpc.errors import CrystalError
 
 RUN_FOLDER = click.argument("run", type=click.Path(path_type=Path))
@@ -207,6 +208,7 @@ def report(run: Path) -> None:
     click.echo(write_report(run))
 
 
+data.add_command(stage)
 main.add_command(data)
 
 

@@ -6,6 +6,7 @@ rows of the next steps (`data.slices`). Whatever goes wrong with it is a warning
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crystal_hpc.comm import BytesComm, SoloComm, my_comm
+from crystal_hpc.config import derive
 from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Run, Staging
 from crystal_hpc.data.catalog import StoreInfo
@@ -20,7 +22,7 @@ from crystal_hpc.errors import ConfigError, CrystalError, RunError
 from crystal_hpc.jobs.chain import is_at_end
 from crystal_hpc.jobs.launch import read_cluster
 from crystal_hpc.jobs.place import my_place
-from crystal_hpc.jobs.request import STOPPED
+from crystal_hpc.jobs.request import STOPPED as STOPPED
 from crystal_hpc.log import log, setup_logging
 from crystal_hpc.progress import Progress
 from crystal_hpc.train.preemption import Stop, watch
@@ -70,9 +72,8 @@ def copy_stores(
     from crystal_hpc.data.staging import stage_stores
 
     run = load_run(run_folder / "run.yaml")
-    names = [named.name for named in run.phases]
-    if phase is not None and phase not in names:
-        raise RunError(f"{run_folder}: has no phase {phase!r}; choose from {', '.join(names)}")
+    if phase is not None:
+        _phase_number(run_folder, run, phase)
     phases = [phase] if phase else [named.name for named in run.phases if not is_at_end(run_folder, named)]
 
     try:
@@ -86,6 +87,60 @@ def copy_stores(
         done = "stopped before the end" if staged.stopped else "staged"
         log.info("%s: %s in %s: %d bytes copied, %d kept, %d read here", done, node, where, copied, kept, read)
     return not staged.stopped
+
+
+def cut_slice(
+    run_folder: Path,
+    phase: str,
+    scratch: str,
+    steps: str | None,
+    share: tuple[int, int],
+    should_stop: Callable[[], bool],
+    on_progress: Progress,
+) -> bool:
+    """Cuts one slice by hand: steps `A-B` (A to B-1; None: all) for data-parallel rank share[0] of share[1].
+
+    Returns whether it came to the end. Raises CrystalError.
+    """
+    from crystal_hpc.data.scratch import scratch_folder
+    from crystal_hpc.data.slices import hold, make_cut, open_reading, write_slice
+    from crystal_hpc.data.sources import read_sources
+
+    run = load_run(run_folder / "run.yaml")
+    number = _phase_number(run_folder, run, phase)
+    first, stop = _steps(steps, derive.phase_steps(run.phases[number]))
+    if not 0 <= share[0] < share[1] or run.phases[number].batch_size % (share[1] * run.parallel.micro_batch):
+        raise RunError(f"rank {share[0]} of {share[1]}: the batches of phase {phase!r} are not shared out like that")
+    sources, place = read_sources(run), scratch_folder(scratch)
+    cut = make_cut(run, sources, number, *share, span=max(1, stop - first))
+
+    def go_on(step: int) -> bool:
+        on_progress("cutting", step - first, stop - first)
+        return not should_stop()
+
+    held = hold(cut, place)
+    path = write_slice(cut, place, first, stop, open_reading(run, sources, number), go_on)
+    held.release()
+    if path is not None:
+        log.info("steps %d to %d of phase %s are in %s: %d bytes", first, stop - 1, phase, path, path.stat().st_size)
+    return path is not None
+
+
+def _phase_number(run_folder: Path, run: Run, phase: str) -> int:
+    names = [named.name for named in run.phases]
+    if phase not in names:
+        raise RunError(f"{run_folder}: has no phase {phase!r}; choose from {', '.join(names)}")
+    return names.index(phase)
+
+
+def _steps(asked: str | None, length: int) -> tuple[int, int]:
+    """First step and the one after the last."""
+    if asked is None:
+        return 0, length
+    found = re.fullmatch(r"(\d+)-(\d+)", asked)
+    if not found or not int(found[1]) < int(found[2]) <= length:
+        raise RunError(f"--steps {asked}: write FIRST-STOP, such as 0-{length}; the phase has {length} steps")
+    return int(found[1]), int(found[2])
 
 
 @dataclass(frozen=True)

@@ -123,11 +123,12 @@ def _copying(cluster: Cluster, folder: Path, link: Link) -> list[str]:
     staging = cluster.staging
     if staging is None or staging.mode != "whole" or link.kind != "train":
         return []
-    output = shlex.quote(str(folder / "logs")) + '/"$SLURM_JOB_ID"_copy_%t.out'
+    logs = shlex.quote(str(folder / "logs")) + '/"$SLURM_JOB_ID"_copy'
     words = ['srun --unbuffered --mpi="$CRYSTAL_MPI"', f"--nodes={cluster.nodes} --ntasks={cluster.nodes}"]
-    words += [f"--ntasks-per-node=1 --output {output} --open-mode=append --kill-on-bad-exit=1"]
+    words += [f"--ntasks-per-node=1 --output {logs}_%t.out --open-mode=append --kill-on-bad-exit=1"]
     words += [shlex.join(_container_arguments(cluster.slurm.container))] if cluster.slurm.container else []
     words += [python_command(cluster), f"-u -m crystal_hpc.jobs.rank {shlex.quote(str(folder))} --copy {link.phase}"]
+    words += [f"2>>{logs}_srun.out"]  # what srun says of this step is not of the ranks: `batch` reads that
     return [
         f"CRYSTAL_MPI={staging.mpi}; srun --mpi=list 2>&1 | grep -qw {staging.mpi} || CRYSTAL_MPI=none",
         " ".join(word for word in words if word),
