@@ -198,7 +198,7 @@ class _Shard:
         self.copied = 0
 
     def open(self) -> None:
-        """Opens the pending file, with room for all of it; judges what it has of the frame."""
+        """Opens the pending file, as long as it is to be; judges what it has of the frame."""
         if self._idle:
             return
         with disk.scratch_errors(self._path):
@@ -206,7 +206,6 @@ class _Shard:
                 os.replace(self._final, self._path)
             self._new = not self._path.exists()
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            os.posix_fallocate(self._descriptor, 0, self._shard.bytes)
             os.ftruncate(self._descriptor, self._shard.bytes)
         self._frame_good = not self._new and self._is_frame_good()
 
