@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from crystal_hpc import cli_proof
+from crystal_hpc.cli_proof import audit, show, trace
+from crystal_hpc.cli_stage import stage
 
 PATH = click.Path(path_type=Path)
 
@@ -32,8 +33,8 @@ def data() -> None:
     """Make corpora, tokenizers and token stores, and prove what is in them."""
 
 
-for proof in (cli_proof.audit, cli_proof.show, cli_proof.trace):
-    data.add_command(proof)
+for command in (audit, show, stage, trace):
+    data.add_command(command)
 
 
 @data.command("corpus")

@@ -27,6 +27,10 @@ export PYTHONPATH=$CRYSTAL_HOME${PYTHONPATH:+:$PYTHONPATH} # the code is this ch
 # --- Threads of each rank: as many as the cores that it was given with --cpus-per-task.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
+# --- Training data on the nodes' own disks: `whole` copies the stores of the run to every node before it trains, `slice`
+# prepares the rows of the next steps while it trains. CRYSTAL_MPI: one of `srun --mpi=list`; pmi2 if not set.
+# export CRYSTAL_STAGING=whole CRYSTAL_SCRATCH=/scratch/$USER
+
 # --- From here on only containers need a change.
 # Signals are held back from the exec of a rank until its handlers stand; older coreutils cannot.
 CRYSTAL_SHIELD='env --block-signal=TERM,USR2'

@@ -15,6 +15,7 @@ from crystal_hpc.config.schema import Cluster, Phase, Run, Slurm
 OURS = {"array", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "ntasks-per-node", "open-mode"}
 OURS |= {"output", "requeue", "signal", "time"}
 SMALLEST_WEIGHT = 1e-9
+BAD_VARIABLE = re.compile(r"\$(?![A-Za-z_]|\{[A-Za-z_]\w*\})|`|^~")  # of a path in which only variables are replaced
 SUM_TOLERANCE = 1e-5  # published weights are rounded: Crystal's phase 1 sums to 0.999999
 
 
@@ -92,12 +93,13 @@ def cluster_problems(cluster: Cluster) -> Iterator[str]:
             yield f"nodes: {cluster.nodes}; the local executor has this machine alone: make it 1, or executor: slurm"
         if cluster.slurm != Slurm():
             yield "slurm: is for executor: slurm; this profile says local"
+    yield from _staging_problems(cluster)
     for name in cluster.slurm.options:
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
             yield f"slurm.options: {name!r} is no long option of sbatch"
         elif name.replace("_", "-") in OURS:
             yield f"slurm.options.{name}: crystal sets this one itself"
-    if re.search(r"\$(?![A-Za-z_]|\{[A-Za-z_]\w*\})|`|^~", cluster.slurm.scratch or ""):
+    if BAD_VARIABLE.search(cluster.slurm.scratch or ""):
         yield f"slurm.scratch: {cluster.slurm.scratch!r}: only $NAME and ${{NAME}} are replaced by their values"
     for mount in cluster.slurm.container.mounts if cluster.slurm.container else ():
         if "," in mount:
@@ -107,6 +109,20 @@ def cluster_problems(cluster: Cluster) -> Iterator[str]:
         for name, value in found.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
                 yield f"{variables}.{name}: not a name of an environment variable, or not a value that one can have"
+
+
+def _staging_problems(cluster: Cluster) -> Iterator[str]:
+    staging = cluster.staging
+    if staging is None:
+        return
+    if BAD_VARIABLE.search(staging.folder):
+        yield f"staging.folder: {staging.folder!r}: only $NAME and ${{NAME}} are replaced by their values"
+    elif not staging.folder.startswith(("/", "$")):
+        yield f"staging.folder: {staging.folder!r} is not an absolute path; name a folder on the nodes' own disks"
+    known = cluster.slurm.scratch or "CRYSTAL_SCRATCH" in cluster.environment
+    if re.search(r"\$\{?CRYSTAL_SCRATCH\b", staging.folder) and not known:
+        how = "slurm.scratch" if cluster.executor == "slurm" else "environment.CRYSTAL_SCRATCH"
+        yield f"staging.folder: {staging.folder} is set by {how}, which is missing; add it, or name a folder here"
 
 
 def layout_problems(run: Run, cluster: Cluster) -> Iterator[str]:

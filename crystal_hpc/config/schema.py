@@ -278,6 +278,21 @@ class Slurm(Strict):
     """A job after each phase for the held-out losses; without it, the training job evaluates."""
 
 
+class Staging(Strict):
+    """What of the training data comes to the nodes' own disks. Where it cannot, shared storage is read."""
+
+    mode: Literal["whole", "slice"]
+    """`whole`: every store of the phase on every node, before it begins; `slice`: the rows that a node will read next,
+    while it trains."""
+    folder: str = "$CRYSTAL_SCRATCH"
+    """The node's own disk; $NAME is replaced by its value on each node (/local/$SLURMD_NODENAME)."""
+    span: Positive = 500
+    """With `slice`: steps in one slice; two slices lie on the disk at a time."""
+    mpi: str = Field(default="pmi2", pattern=r"^[A-Za-z0-9_]+$")
+    """With `whole`: the kind of MPI that srun starts the copying with, so that shared storage is read once (`srun
+    --mpi=list` knows them); where srun or mpi4py cannot, each node copies for itself."""
+
+
 class Cluster(Strict):
     """A machine to run on."""
 
@@ -298,6 +313,8 @@ class Cluster(Strict):
     times what the slowest so far took, at least a minute, and never longer than this."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every rank."""
+    staging: Staging | None = None
+    """What of the data comes to the nodes' own disks; without it, all is read from shared storage."""
     slurm: Slurm = Field(default_factory=Slurm)
     """What is asked of Slurm."""
 

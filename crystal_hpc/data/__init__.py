@@ -1,1 +1,1 @@
-"""From documents to batches: harvest, corpus, tokenizer, build, store, order, rows, batches (which needs torch)."""
+"""From documents to batches: harvest, corpus, tokenizer, build, store, order, fim, rows, batches (with torch)."""

@@ -15,7 +15,9 @@ import torch
 
 from crystal_hpc.data.fim import PhaseFim
 from crystal_hpc.data.order import PhaseOrder
+from crystal_hpc.data.preparing import PreparedRows
 from crystal_hpc.data.rows import Rows, RowSource, gather, read_rows, rows_digest
+from crystal_hpc.data.slices import Share
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,14 @@ class PhaseBatches:
         data_rank: int = 0,
         data_size: int = 1,
         fim: PhaseFim | None = None,
+        prepared: PreparedRows | None = None,
     ) -> None:
+        """`prepared` may have rows of some steps on the node's own disk, and is closed with this."""
         self._order = order
         self._sources = [sources[name] for name in order.sources]
-        self._batch_size = batch_size
-        self._micro_batch = micro_batch
+        self._share = Share(batch_size, micro_batch, data_rank, data_size)
         self._fim = fim
-        share = np.arange(batch_size, dtype=np.int64).reshape(-1, data_size, micro_batch)
-        self._offsets = share[:, data_rank, :].reshape(-1)
+        self._prepared = prepared
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[StepBatch]] | None = None
 
@@ -77,13 +79,17 @@ class PhaseBatches:
 
     def read(self, number: int) -> StepBatch:
         """The same without looking ahead."""
-        positions = self._offsets + number * self._batch_size
-        rows = read_rows(self._order, self._sources, positions, self._fim)
-        return StepBatch.of(rows, self._micro_batch, rows_digest(rows, positions))
+        positions = self._share.positions(number)
+        rows = self._prepared.read(number) if self._prepared else None
+        if rows is None:
+            rows = read_rows(self._order, self._sources, positions, self._fim)
+        return StepBatch.of(rows, self._share.micro_batch, rows_digest(rows, positions))
 
     def close(self) -> None:
         """Ends the reading thread."""
         self._reader.shutdown(cancel_futures=True)
+        if self._prepared:
+            self._prepared.close()
 
 
 def held_out_batches(

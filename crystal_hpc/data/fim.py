@@ -130,9 +130,8 @@ class Rewriter:
             list(self._choose(number, row, place, fim))
             for number, (row, place, fim) in enumerate(zip(rows, places, fims, strict=True))
         ]
-        self._cut_texts(
-            rows, [segment for several in chosen for segment in several if segment.fim.level == "character"]
-        )
+        every = [segment for several in chosen for segment in several]
+        self._cut_texts(rows, [segment for segment in every if segment.fim.level == "character"])
         done, counts = np.empty_like(rows), np.empty(rows.shape, bool)
         for number, segments in enumerate(chosen):
             self._write(rows[number], segments, done[number], counts[number])

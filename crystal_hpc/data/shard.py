@@ -89,7 +89,7 @@ def write_shard(path: Path, documents: Documents, tokens: Tokens, attributes: Ma
     about = {"format": FORMAT, "documents": len(documents), "max_token": int(tokens.max()), **attributes}
     with disk_errors(path):
         try:
-            places = _lay_out(pending, arrays, about)
+            places = lay_out(pending, arrays, about)
             with open(pending, "r+b", buffering=0) as file:
                 for name, array in arrays.items():
                     _write_at(file.fileno(), array, places[name])
@@ -102,7 +102,7 @@ def write_shard(path: Path, documents: Documents, tokens: Tokens, attributes: Ma
     return info
 
 
-def _lay_out(path: Path, arrays: Mapping[str, npt.NDArray[Any]], attributes: Mapping[str, Any]) -> dict[str, int]:
+def lay_out(path: Path, arrays: Mapping[str, npt.NDArray[Any]], attributes: Mapping[str, Any]) -> dict[str, int]:
     """Makes the file with room for every array, and returns where each begins; 0 for one without elements."""
     create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     create.set_layout(h5py.h5d.CONTIGUOUS)

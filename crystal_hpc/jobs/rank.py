@@ -37,6 +37,7 @@ def main() -> int:
     kinds.add_argument("--train", action="store_true", help="train the run to its end")
     kinds.add_argument("--stage", metavar="PHASE", help="read the stores of a phase against their digests")
     kinds.add_argument("--evaluate", metavar="PHASE", help="held-out losses at the end of a phase")
+    kinds.add_argument("--copy", metavar="PHASE", nargs="?", const="", help="copy the stores of a phase to this node")
     options = parser.parse_args()
     try:
         refuse_shared(options.folder)
@@ -48,6 +49,10 @@ def main() -> int:
         from crystal_hpc.jobs.task import TrainTask
 
         TrainTask(folder)()
+    elif options.copy is not None:
+        from crystal_hpc.jobs.local_disk import CopyTask
+
+        return CopyTask(folder, options.copy or None)()
     elif options.stage or options.evaluate:
         from crystal_hpc.jobs.side import EvaluateTask, StageTask
 

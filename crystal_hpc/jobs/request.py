@@ -21,6 +21,7 @@ $CRYSTAL_SHIELD true 2>/dev/null || CRYSTAL_SHIELD=env"""
 SHIELD_INSIDE = """\
 shield="env --block-signal=TERM,USR2"; $shield true 2>/dev/null || shield=env; exec $shield "$@\""""
 NOTHING_TO_DO = 75
+STOPPED = 3  # how the copying of stores ends when it was told to leave
 
 
 def local_parameters(cluster: Cluster) -> dict[str, Any]:
@@ -112,6 +113,28 @@ def _setup(cluster: Cluster, folder: Path, link: Link) -> list[str]:
         SHIELD,
         batch_command("begin", folder, link),
         f"case $? in 0) ;; {NOTHING_TO_DO}) exit 0 ;; *) exit 1 ;; esac",
+        *_copying(cluster, folder, link),
+    ]
+
+
+def _copying(cluster: Cluster, folder: Path, link: Link) -> list[str]:
+    """Before the ranks, one task a node copies the stores. A failure of it is a warning, its being told to leave is the
+    end of this start: the ranks would not hear of it any more."""
+    staging = cluster.staging
+    if staging is None or staging.mode != "whole" or link.kind != "train":
+        return []
+    logs = shlex.quote(str(folder / "logs")) + '/"$SLURM_JOB_ID"_copy'
+    words = ['srun --unbuffered --mpi="$CRYSTAL_MPI"', f"--nodes={cluster.nodes} --ntasks={cluster.nodes}"]
+    words += [f"--ntasks-per-node=1 --output {logs}_%t.out --open-mode=append --kill-on-bad-exit=1"]
+    words += [shlex.join(_container_arguments(cluster.slurm.container))] if cluster.slurm.container else []
+    words += [python_command(cluster), f"-u -m crystal_hpc.jobs.rank {shlex.quote(str(folder))} --copy {link.phase}"]
+    words += [f"2>>{logs}_srun.out"]  # what srun says of this step is not of the ranks: `batch` reads that
+    return [
+        f"CRYSTAL_MPI={staging.mpi}; srun --mpi=list 2>&1 | grep -qw {staging.mpi} || CRYSTAL_MPI=none",
+        " ".join(word for word in words if word),
+        f"case $? in 0) ;; {STOPPED}) trap '' TERM USR2",
+        f"    {batch_command('end', folder, link)} --status 0; exit ;;",
+        "*) echo 'warning: the stores were not staged, see logs/*_copy_*.out: shared storage is read' >&2 ;; esac",
     ]
 
 

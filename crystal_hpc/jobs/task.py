@@ -24,6 +24,7 @@ from crystal_hpc import files
 from crystal_hpc.errors import CheckpointError, CrystalError
 from crystal_hpc.jobs import journal
 from crystal_hpc.jobs.launch import read_launch
+from crystal_hpc.jobs.local_disk import copy_before_training
 from crystal_hpc.jobs.place import Place, my_place
 from crystal_hpc.log import log, setup_logging
 from crystal_hpc.train.preemption import Stop, StopFlag, watch
@@ -95,6 +96,8 @@ class _Attempt:
         setup_logging(self.place.rank, self.place.job, self.entry.get("attempt", 0))
 
     def _train(self, flag: StopFlag, watchdog: Watchdog) -> Stop:
+        if self.place.executor == "local" and self.place.rank == 0:
+            copy_before_training(self.folder, self.until, lambda: flag.stop is not Stop.NO, watchdog.beat)
         # Here, not at the top: handlers and journal stand before the seconds that these imports take.
         from crystal_hpc.jobs import rendezvous, training
         from crystal_hpc.train import loop

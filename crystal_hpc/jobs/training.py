@@ -3,6 +3,7 @@
 `task` imports this module late, on purpose: it is the one door through which torch and Megatron-core enter a job.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from crystal_hpc.data.rows import RowSource
 from crystal_hpc.data.sources import Sources, open_source, read_sources
 from crystal_hpc.errors import StoreError
 from crystal_hpc.jobs import rendezvous
+from crystal_hpc.jobs.chain import is_at_end
 from crystal_hpc.jobs.launch import read_cluster
+from crystal_hpc.jobs.local_disk import LocalDisk, read_staging
 from crystal_hpc.jobs.place import Place
 from crystal_hpc.model import backend, parallel
 from crystal_hpc.train import loop
@@ -40,6 +43,8 @@ class Session:
     backend: str
     evaluated_elsewhere: bool = False
     """Whether a job of its own computes the held-out losses."""
+    disk: LocalDisk | None = None
+    """What of the data is on this node's own disk."""
 
     def job(
         self,
@@ -64,14 +69,23 @@ class Session:
             folder=self.folder,
             trainer=build_trainer(self.run, self.layout),
             flag=flag,
-            sources=_open(self.sources.training, self.run),
+            sources=self._training_sources(until),
             held_out=_open(self.sources.held_out, self.run),
             metrics=metrics,
             on_event=on_event,
             beat=beat,
             last_phase=[phase.name for phase in self.run.phases].index(until) if until else None,
             evaluates=not self.evaluated_elsewhere,
+            prepared=self.disk.prepared if self.disk else lambda _phase: None,
         )
+
+    def _training_sources(self, until: str | None) -> dict[str, RowSource]:
+        opened = _open(self.sources.training, self.run)
+        if self.disk is None:
+            return opened
+        asked = [phase for phase in self.run.phases if until in (None, phase.name)]
+        read = {name for phase in asked if not is_at_end(self.folder, phase) for name in phase.mixture}
+        return {name: self.disk.nearest(source) if name in read else source for name, source in opened.items()}
 
     def stop(self) -> None:
         """Leaves the process groups."""
@@ -88,7 +102,19 @@ def start(folder: Path, place: Place) -> Session:
     cluster = read_cluster(folder)
     elsewhere = cluster is not None and cluster.executor == "slurm" and cluster.slurm.evaluate is not None
     kind = "cuda" if backend.device().type == "cuda" else "cpu-rig"
-    return Session(run, folder, sources, layout, kind, elsewhere)
+    return Session(run, folder, sources, layout, kind, elsewhere, _local_disk(folder, run, sources, layout, place))
+
+
+def _local_disk(folder: Path, run: Run, sources: Sources, layout: parallel.Layout, place: Place) -> LocalDisk | None:
+    """What the profile's staging has brought, or will bring, to this node's disk. A collective call."""
+    staging = read_staging(folder)
+    if staging is None:
+        return None
+    # Of the ranks of a node that read the same rows (tensor and pipeline neighbours), the first has slices made.
+    mine = (place.node or os.uname().nodename, layout.data_rank)
+    leads = layout.comm.gather(mine).index(mine) == layout.comm.rank
+    share = layout.data_rank, layout.data_size
+    return LocalDisk(staging, run, sources, folder / "run.yaml", share, leads, speaks=place.local_rank == 0)
 
 
 def check_unchanged(sources: Sources, plan: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from crystal_hpc.config.units import format_count
 from crystal_hpc.data.batches import PhaseBatches
 from crystal_hpc.data.fim import PhaseFim, load_fims
 from crystal_hpc.data.order import PhaseOrder, run_orders
+from crystal_hpc.data.preparing import PreparedRows
 from crystal_hpc.data.rows import RowSource
 from crystal_hpc.errors import RunError
 from crystal_hpc.log import log
@@ -54,6 +55,8 @@ class Job:
     """Told what begins now, and whether it is a step; the watchdog listens."""
     last_phase: int | None = None
     """The phase with which the job ends; None for the run's last."""
+    prepared: Callable[[int], PreparedRows | None] = lambda _phase: None
+    """Opens what a node's own disk may have of a phase's rows (by the phase's place in the run)."""
     evaluates: bool = True
     """Whether this job computes the held-out losses at the end of a phase."""
 
@@ -103,9 +106,8 @@ def train_phase(job: Job, order: PhaseOrder, fim: PhaseFim | None, position: Pos
     steps = derive.phase_steps(phase)
     if position.step == 0 and position.phase > 0 and phase.optimizer_state == "fresh":
         optim.reset_state(job.trainer.optimizer)
-    batches = PhaseBatches(
-        order, job.sources, phase.batch_size, run.parallel.micro_batch, layout.data_rank, layout.data_size, fim
-    )
+    share = phase.batch_size, run.parallel.micro_batch, layout.data_rank, layout.data_size
+    batches = PhaseBatches(order, job.sources, *share, fim, job.prepared(position.phase))
     stop = job.stop_agreed()  # set-up is long; a signal during it ends the attempt before its first step
     while position.step < steps and stop is Stop.NO:
         job.beat(f"step {position.step} of phase {phase.name}", step=True)

@@ -165,3 +165,20 @@ def test_a_cluster_profile_is_refused_for_what_cannot_work_on_any_run() -> None:
         "slurm.container.mounts: '/a,/b': one folder an entry, no commas",
     ]
     assert problems(executor="slurm", slurm={"scratch": "/scratch/${USER}/$SLURM_JOB_ID"}) == []
+
+
+def test_staging_must_say_where_the_disk_is() -> None:
+    def problems(executor: str = "slurm", environment: Any = (), slurm: Any = (), **staging: Any) -> list[str]:
+        more = {"executor": executor, "environment": dict(environment), "slurm": dict(slurm)}
+        return list(check.cluster_problems(cluster(**more, staging={"mode": "whole", **staging})))
+
+    assert problems() == [
+        "staging.folder: $CRYSTAL_SCRATCH is set by slurm.scratch, which is missing; add it, or name a folder here"
+    ]
+    assert "environment.CRYSTAL_SCRATCH, which is missing" in problems("local")[0]
+    assert problems(slurm={"scratch": "/scratch"}) == problems("local", {"CRYSTAL_SCRATCH": "/x"}) == []
+    assert problems(folder="/local/$SLURMD_NODENAME/${USER}") == []
+    assert problems(folder="scratch")[0].startswith("staging.folder: 'scratch' is not an absolute path")
+    assert problems(folder="/x/$(touch x)") == [
+        "staging.folder: '/x/$(touch x)': only $NAME and ${NAME} are replaced by their values"
+    ]

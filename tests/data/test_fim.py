@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from crystal_hpc.config.schema import Fim
 from crystal_hpc.data.fim import Draws, Place, Rewriter, cut_characters, draws
@@ -183,6 +185,40 @@ def test_rates_and_cuts_are_as_asked_for() -> None:
     assert (cuts[:, 0] <= cuts[:, 1]).all() and cuts.min() == 0 and cuts.max() == 9
     both = np.bincount(cuts.reshape(-1), minlength=10) / cuts.size
     assert both == pytest.approx(0.1, abs=0.01), "every place is equally likely, the ends included"
+
+
+@pytest.fixture(scope="module")
+def byte_level(texts: list[str]) -> Tokenizer:
+    """A tokenizer as GPT-2's: tokens may end inside a character, and one token both begins and ends a document."""
+    engine = tokenizers.Tokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    names = ["<|endoftext|>", *(f"<fim_{name}>" for name in ("prefix", "middle", "suffix", "pad"))]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=names, initial_alphabet=alphabet, show_progress=False, min_frequency=1
+    )
+    engine.train_from_iterator([*texts[:20], "漢字かな交じり" * 9, " 漢 漣 漤 漥 漦 漧" * 9], trainer)
+    return Tokenizer(json.loads(engine.to_str()), "byte level")
+
+
+@QUICK
+@given(texts=st.lists(st.one_of(TEXTS, st.text(" 漢漣漤漥漦漧é")), min_size=1, max_size=3), fim=FIMS, data=st.data())
+def test_tokens_that_end_inside_a_character_lose_nothing_either(
+    byte_level: Tokenizer, texts: list[str], fim: Fim, data: st.DataObject
+) -> None:
+    rewriter, eos = Rewriter(byte_level, 3), byte_level.eos
+    stream = [token for text in texts for token in (*byte_level.encode(text), eos)]
+    start = data.draw(st.integers(0, len(stream) - 1))
+    window = stream[start : data.draw(st.integers(start + 1, len(stream)))]
+    done, _ = rewrite(rewriter, window, fim, start, room=len(window) + 200)
+    found, spell = done.tolist(), Spelling(byte_level.token_bytes).spell
+    while window:
+        stop = window.index(eos) if eos in window else len(window)
+        at = found.index(eos)
+        text = spell(np.array(window[:stop], np.int64))[0]
+        assert read_back(byte_level, found[:at], rewriter.sentinels) == text
+        window, found = window[stop + 1 :], found[at + 1 :]
 
 
 ALWAYS = {"rate": 1.0, "spm_rate": 0.0}

@@ -199,6 +199,24 @@ def test_a_hostile_value_reaches_ranks_and_batch_steps_as_it_is(
     assert srun[0] == ["srun", *ours, *inside[runtime]]
 
 
+@pytest.mark.parametrize("value", [*HOSTILE, "runs"])
+def test_stores_are_copied_before_the_ranks_by_one_task_a_node(
+    value: str, tmp_path: Path, run_script: Callable[..., Any]
+) -> None:
+    folder = tmp_path / value.replace("\\", "")
+    (folder / "logs").mkdir(parents=True)
+    where = cluster({"gpus": False}, nodes=3, staging={"mode": "whole", "folder": "/scratch"})
+    begin, asked, copy, srun, _ = run_script(folder, where)
+    assert begin[0][3] == "begin" and asked[0] == ["srun", "--mpi=list"]
+    output = f"{folder}/logs/_copy_%t.out"  # SLURM_JOB_ID is not set here
+    ours = ["--unbuffered", "--mpi=none", "--nodes=3", "--ntasks=3", "--ntasks-per-node=1", "--output", output]
+    assert copy[0][: len(ours) + 1] == ["srun", *ours]
+    assert copy[0][-5:] == ["-m", "crystal_hpc.jobs.rank", str(folder), "--copy", "prose"]
+    assert srun[0][-1] == f"{folder}/logs"
+    sliced = cluster({"gpus": False}, staging={"mode": "slice", "folder": "/scratch"})
+    assert first_script(folder, sliced) == first_script(folder, cluster({"gpus": False}))
+
+
 def test_a_rank_in_a_container_begins_with_its_signals_held_back() -> None:
     program = "import signal as s; print(*sorted(s.Signals(n).name for n in s.pthread_sigmask(s.SIG_BLOCK, [])))"
     words = ["sh", "-c", request.SHIELD_INSIDE, "rank", "python3", "-c", program]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from crystal_hpc.jobs.request import NOTHING_TO_DO, SHIELD
+from crystal_hpc.jobs.request import NOTHING_TO_DO, SHIELD, STOPPED
 
 SLURM = Path(__file__).parents[2] / "slurm"
 SCRIPTS = sorted(path.name for path in SLURM.glob("*.sbatch"))
@@ -180,6 +180,33 @@ def test_a_run_is_prepared_begun_trained_and_ended(desk: Desk) -> None:
     assert end.words == [*batch, "end", str(desk.runs), "--status", "0"]
     assert {call.program for call in (prepare, begin, end)} == {str(desk.home / ".venv/bin/python")}
     assert srun.environ["PYTHONPATH"] == str(desk.home)
+
+
+def test_stores_are_copied_by_one_task_a_node_before_the_ranks(desk: Desk) -> None:
+    (desk.runs / "logs").mkdir()
+    desk.environ = {"CRYSTAL_STAGING": "whole", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_ID": "7", "CRYSTAL_MPI": "pmix"}
+    desk.told["srun"] = {"print": "none pmi2 pmix"}
+    code, (_, _, asked, copy, ranks, end), said = desk.run("train.sbatch", "run.yaml")
+    assert (code, said, asked.words) == (0, "", ["--mpi=list"])
+    assert copy.words[:5] == ["--unbuffered", "--mpi=pmix", "--nodes=3", "--ntasks=3", "--ntasks-per-node=1"]
+    assert copy.words[-4:] == ["-m", "crystal_hpc.jobs.rank", str(desk.runs), "--copy"]
+    assert ranks.words == expected_srun(desk, "--train") and end.what == "end"
+    desk.told["srun"] = {"print": "none"}
+    assert "--mpi=none" in desk.run("train.sbatch", "run.yaml")[1][3].words
+
+
+def test_copying_that_fails_is_a_warning_and_copying_told_to_leave_is_the_end(desk: Desk) -> None:
+    (desk.runs / "logs").mkdir()
+    desk.environ = {"CRYSTAL_STAGING": "whole", "SLURM_JOB_NUM_NODES": "1"}
+    desk.told["srun"] = {"exit": 2}
+    _, calls, said = desk.run("train.sbatch", "run.yaml")
+    assert calls[-2].words == expected_srun(desk, "--train")
+    assert said.startswith("warning: the stores were not staged")
+    desk.told |= {"srun": {"exit": STOPPED}, "end": {"exit": 1}}
+    code, calls, said = desk.run("train.sbatch", "run.yaml")
+    assert (code, said) == (1, "")
+    assert [call.what for call in calls] == ["prepare", "begin", "srun", "srun", "end"], "no ranks"
+    assert calls[-1].words[-2:] == ["--status", "0"]
 
 
 @pytest.mark.parametrize("kind", ["stage", "evaluate"])
