@@ -38,6 +38,7 @@ def audit(
             on_progress=on_progress,
         )  # fmt: skip
     if json_file:
+        files.make_folder(json_file.resolve().parent)
         files.write_json(json_file, [asdict(finding) for finding in findings])
     click.echo(describe(findings))
     sys.exit(1 if any(finding.verdict == "bad" for finding in findings) else 0)

@@ -27,6 +27,7 @@ _REFUSALS = {
     errno.EPERM: "permission denied; choose a folder that you may write",
     errno.EFBIG: "the file is larger than this file system or user may write",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "is a folder, not a file",
 }
 
 

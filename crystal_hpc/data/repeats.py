@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from crystal_hpc.data.shard import Hashes
+from crystal_hpc.data.shard import Hashes, read_hashes
 from crystal_hpc.data.store import TokenStore
 from crystal_hpc.progress import Progress
 
@@ -24,7 +24,7 @@ def repeated_ids(store: TokenStore) -> int:
     """How many documents have an id that another one has, counted without the first of each."""
     again = 0
     for hashes, _ in _passes([store], "id_hashes", None):
-        hashes = _sorted(hashes[hashes.any(axis=1)])
+        hashes = _sorted(hashes)
         again += int((hashes[1:] == hashes[:-1]).all(axis=1).sum())
     return again
 
@@ -33,7 +33,7 @@ def shared_documents(stores: Sequence[TokenStore], on_progress: Progress | None 
     """For each pair of stores, by their numbers, how many different texts are in both."""
     assert len(stores) <= MOST_STORES
     shared = dict.fromkeys(combinations(range(len(stores)), 2), 0)
-    for hashes, numbers in _passes(stores, "hashes", on_progress):
+    for hashes, numbers in _passes(stores, "doc_hashes", on_progress):
         order = np.lexsort((hashes[:, 1], hashes[:, 0]))
         hashes, bits = hashes[order], np.left_shift(1, numbers[order])
         starts = np.flatnonzero(np.concatenate([[True], (hashes[1:] != hashes[:-1]).any(axis=1)]))
@@ -54,7 +54,8 @@ def _passes(stores: Sequence[TokenStore], column: str, on_progress: Progress | N
         found, whose = [np.empty((0, 2), np.uint64)], [np.empty(0, np.int64)]
         for place, store in enumerate(stores):
             for shard in range(len(store.info.shards)):
-                hashes = getattr(store.documents(shard), column)
+                hashes = read_hashes(store.path(shard), column)
+                hashes = hashes[hashes.any(axis=1)]  # zeros: no id
                 inside = hashes[(hashes[:, 0] >= np.uint64(low)) & (hashes[:, 0] <= np.uint64(high))]
                 found.append(inside)
                 whose.append(np.full(len(inside), place, np.int64))

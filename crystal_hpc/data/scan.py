@@ -5,12 +5,27 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from crystal_hpc.data.shard import Documents, shuffle_keys
+from crystal_hpc.data.shard import REMEDY, Documents, shuffle_keys
 from crystal_hpc.data.sorting import equal_runs
 from crystal_hpc.data.store import TokenStore
+from crystal_hpc.errors import StoreError
 
-MOST_NAMED = 1000  # faulty documents whose numbers are kept
 MOST_REPEATED = 3
+PIECE = 1 << 24  # tokens counted at a time
+
+
+@dataclass
+class Faults:
+    """Documents with something wrong: how many, and the first of them."""
+
+    count: int = 0
+    first: int = -1
+
+    def add(self, documents: npt.NDArray[np.int64]) -> None:
+        """Counts more, in order of their numbers."""
+        if len(documents) and not self.count:
+            self.first = int(documents[0])
+        self.count += len(documents)
 
 
 @dataclass
@@ -21,10 +36,12 @@ class Scan:
     documents: int = 0
     tokens: int = 0
     ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    """How often each id occurs."""
-    without_bos: list[int] = field(default_factory=list)
-    without_eos: list[int] = field(default_factory=list)
-    out_of_order: list[int] = field(default_factory=list)
+    """How often each id below `vocab_size` occurs; the last element counts all others."""
+    max_token: int = -1
+    """The largest id that occurs; -1 where there is none."""
+    without_bos: Faults = field(default_factory=Faults)
+    without_eos: Faults = field(default_factory=Faults)
+    out_of_order: Faults = field(default_factory=Faults)
     copies: int = 0
     """Documents whose text the one before has."""
     copied_tokens: int = 0
@@ -39,12 +56,7 @@ class Scan:
 
     def count(self, token: int) -> int:
         """How often an id occurs."""
-        return int(self.ids[token]) if token < len(self.ids) else 0
-
-    @property
-    def max_token(self) -> int:
-        """The largest id that occurs; -1 where there is none."""
-        return int(np.flatnonzero(self.ids)[-1]) if self.ids.any() else -1
+        return int(self.ids[token]) if token < min(len(self.ids), self.vocab_size) else 0
 
 
 def scan_shard(store: TokenStore, number: int, scan: Scan) -> None:
@@ -53,15 +65,20 @@ def scan_shard(store: TokenStore, number: int, scan: Scan) -> None:
     before = sum(earlier.documents for earlier in store.info.shards[:number])
     start = sum(earlier.tokens for earlier in store.info.shards[:number])
     tokens = store.read(start, shard.tokens)
-    found = np.bincount(tokens)
-    size = max(len(found), len(scan.ids))
-    scan.ids = np.pad(scan.ids, (0, size - len(scan.ids))) + np.pad(found, (0, size - len(found)))
+    offsets = documents.offsets
+    if offsets[0] != 0 or offsets[-1] != shard.tokens or (np.diff(offsets) < 0).any():
+        raise StoreError(f"{store.path(number)}: its documents do not add up to its tokens; {REMEDY}")
+    scan.ids = np.zeros(scan.vocab_size + 1, np.int64) if not len(scan.ids) else scan.ids
+    for begin in range(0, len(tokens), PIECE):
+        piece = tokens[begin : begin + PIECE]
+        scan.max_token = max(scan.max_token, int(piece.max()))
+        scan.ids += np.bincount(np.minimum(piece.astype(np.int64), scan.vocab_size), minlength=scan.vocab_size + 1)
     for expected, places, faulty in (
         (store.info.bos, documents.offsets[:-1], scan.without_bos),
         (store.info.eos, documents.offsets[1:] - 1, scan.without_eos),
     ):
         if expected is not None:
-            faulty += (before + np.flatnonzero(tokens[places] != expected)).tolist()
+            faulty.add(before + np.flatnonzero(tokens[places] != expected))
     _count_lengths(documents, before, scan)
     _follow_order(documents, before, store.info.seed, scan)
     scan.documents += len(documents)
@@ -83,8 +100,8 @@ def _follow_order(documents: Documents, before: int, seed: int, scan: Scan) -> N
     high, low = keys[:, 0], keys[:, 1]
     down = (high[1:] < high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] < low[:-1]))
     if scan.last and (int(high[0]), int(low[0])) < scan.last[0]:
-        scan.out_of_order.append(before - 1)
-    scan.out_of_order += (before + np.flatnonzero(down)).tolist()
+        scan.out_of_order.add(np.array([before - 1]))
+    scan.out_of_order.add(before + np.flatnonzero(down))
     lengths = np.diff(documents.offsets)
     again = (keys[1:] == keys[:-1]).all(axis=1)
     scan.copies += int(again.sum())

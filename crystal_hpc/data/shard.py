@@ -198,6 +198,13 @@ def read_documents(path: Path, start: int = 0, stop: int | None = None) -> Docum
         )
 
 
+def read_hashes(path: Path, column: str) -> Hashes:
+    """`doc_hashes` or `id_hashes` of a shard, uint64 (n, 2). Raises StoreError for a damaged shard."""
+    with opened(path) as file:
+        hashes: Hashes = file[column][:]
+        return hashes
+
+
 def shuffle_keys(hashes: Hashes, seed: int) -> Hashes:
     """uint64 (n, 2): by which documents with these hashes are sorted under a seed; a bijection, so equal texts only
     have equal keys."""

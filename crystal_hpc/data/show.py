@@ -16,6 +16,8 @@ def show_store(folder: Path, tokenizer: Path | None, document: str | None, row: 
     store = TokenStore.open(folder)
     if tokenizer is None or (document is None) == (row is None):
         raise StoreError(f"{folder}: to show something of a store, name --tokenizer, and either --document or --row")
+    if length < 1:
+        raise StoreError(f"a row of {length} tokens makes no sense; give a --length of at least 1")
     encoder = Tokenizer.load(tokenizer)
     if encoder.fingerprint != store.info.tokenizer:
         raise StoreError(

@@ -145,7 +145,7 @@ class History:
 
 def find_documents(store: TokenStore, name: str) -> list[int]:
     """The numbers of the documents with this id, or whose text has this hash (32 hex digits)."""
-    wanted = np.array(divmod(xxhash.xxh3_128_intdigest(name.encode()), 1 << 64), np.uint64)
+    wanted = np.array(divmod(xxhash.xxh3_128_intdigest(name.encode(errors="surrogateescape")), 1 << 64), np.uint64)
     text = None
     if len(name) == 32 and all(char in "0123456789abcdef" for char in name):
         text = np.array(divmod(int(name, 16), 1 << 64), np.uint64)

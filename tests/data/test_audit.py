@@ -122,7 +122,7 @@ def repeat_an_id(documents: Documents, tokens: Tokens) -> tuple[Documents, Token
     ("change", "finding", "said"),
     [
         (lose_bos, "ends", r"1 documents lack BOS \(1\), the first is document \d+"),
-        (add_eos_inside, "ends", "EOS stands 121 times in 120 documents"),
+        (add_eos_inside, "ends", "EOS stands 121 times where 120 ends of documents are"),
         (exceed_the_vocabulary, "ids", "the largest is 60000, and the tokenizer has 534"),
         (exchange_two, "order", r"document \d+ stands before one whose shuffle key is smaller"),
         (repeat_a_text, "duplicates", r"5 of 120 documents repeat a text \(4.17%"),
@@ -215,6 +215,54 @@ def test_runs_of_equal_texts_are_counted_across_shards(tmp_path: Path, tokenizer
     whole = bad(audit([info.folder]))["duplicates"]
     assert whole.startswith("9 of 12 documents repeat a text (75.00%") and "\n7 times: document" in whole
     assert bad(audit([info.folder], most_duplicates=0.75)) == {}
+
+
+def test_the_same_store_on_both_sides_is_bad(store: Path) -> None:
+    assert bad(audit([store], held_out=[store]))["held out"].startswith("120 documents are in both")
+
+
+def test_one_token_may_stand_at_both_ends(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    value = json.loads((tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in value["added_tokens"][1:3]:
+        token["content"] = {"<s>": "<|endoftext|>", "</s>": "<|unused|>"}[token["content"]]
+    names = {"<s>": "<|endoftext|>", "</s>": "<|unused|>"}
+    value["model"]["vocab"] = {names.get(name, name): number for name, number in value["model"]["vocab"].items()}
+    value["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
+    info = build_store([corpus], tmp_path / "gpt2", tmp_path / "tokenizer.json")
+    assert info is not None and info.bos == info.eos == 1
+    assert bad(audit([info.folder], tmp_path / "tokenizer.json")) == {}
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_told_and_read_back_as_lost(
+    store: Path, tokenizer_folder: Path
+) -> None:
+    rewrite(store, 2, exceed_the_vocabulary)
+    said = audit([store], tokenizer_folder)
+    assert list(bad(said)) == ["ids"]
+    assert "1 of 120 documents do not decode" in {finding.name: finding.said for finding in said}["texts"]
+
+
+def test_documents_that_do_not_add_up_to_the_tokens_are_found(store: Path) -> None:
+    def exceed(documents: Documents, tokens: Tokens) -> tuple[Documents, Tokens]:
+        return replace(documents, offsets=documents.offsets + 5), tokens
+
+    rewrite(store, 2, exceed)
+    assert "its documents do not add up to its tokens" in bad(audit([store]))["bytes"]
+
+
+def test_a_damaged_store_is_left_out_of_the_comparison_and_that_is_said(store: Path, build: Any) -> None:
+    other = build("other", range(5))
+    with open(store / "shard-00001.h5", "r+b") as file:
+        file.seek(20)
+        file.write(b"x")
+    findings = audit([store, other.folder])
+    assert any("only the 1 sound stores of 2 were compared" in finding.said for finding in findings)
+
+
+def test_a_sample_of_nothing_is_refused(store: Path) -> None:
+    with pytest.raises(StoreError, match="a sample of 0 documents proves nothing"):
+        audit([store], sample=0)
 
 
 def test_a_folder_that_is_no_store_is_one_line(tmp_path: Path, store: Path) -> None:
