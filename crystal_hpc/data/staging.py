@@ -7,6 +7,7 @@ and on the disk; store.json comes last. What half a copy has that is good is kep
 what is bad three times is damaged at its source.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -285,11 +286,12 @@ class _Shard:
     def _refuse_bad(self) -> None:
         for number, piece in enumerate(self._tokens):
             if not self._good[number]:
-                data = memoryview(bytearray(piece.size))
-                with open(self._source, "rb") as file:
+                data, block = memoryview(bytearray(piece.size)), None
+                with contextlib.suppress(OSError), open(self._source, "rb") as file:
                     os.preadv(file.fileno(), [data], piece.start)
+                    block = self._bad_block(piece, data)
                 first = (piece.start - self._shard.tokens_at) // BLOCK
-                raise damaged_block(self._source, self._bad_block(piece, data) or first, self._blocks)
+                raise damaged_block(self._source, first if block is None else block, self._blocks)
 
 
 class _Shown:
@@ -323,7 +325,10 @@ class StagedStore(TokenStore):
             return None
         held = disk.lock(folder, exclusive=False)
         info = read_copy(shared.info, scratch)
-        if held is None or info is None:
+        if held is None:
+            return None
+        if info is None:
+            held.release()
             return None
         return cls(info, shared, held)
 
