@@ -15,7 +15,6 @@ import click
 
 from crystal_hpc import __version__
 from crystal_hpc.cli_data import data, with_progress
-from crystal_hpc.cli_stage import stage
 from crystal_hpc.errors import CrystalError
 
 RUN_FOLDER = click.argument("run", type=click.Path(path_type=Path))
@@ -208,7 +207,6 @@ def report(run: Path) -> None:
     click.echo(write_report(run))
 
 
-data.add_command(stage)
 main.add_command(data)
 
 

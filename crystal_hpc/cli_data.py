@@ -9,6 +9,9 @@ from typing import Any
 
 import click
 
+from crystal_hpc.cli_proof import audit, show, trace
+from crystal_hpc.cli_stage import stage
+
 PATH = click.Path(path_type=Path)
 
 
@@ -28,6 +31,10 @@ def with_progress(command: Callable[..., None]) -> Callable[..., None]:
 @click.group()
 def data() -> None:
     """Make corpora, tokenizers and token stores, and prove what is in them."""
+
+
+for command in (audit, show, stage, trace):
+    data.add_command(command)
 
 
 @data.command("corpus")

@@ -60,6 +60,9 @@ def _make_data() -> None:
     _chapter("Token stores: one HDF5 folder a source, documents shuffled")
     for name in STORES:
         _crystal("data", "build", corpus / f"{name}.jsonl", "--tokenizer", tokenizer, "--out", stores / name)
+    _chapter("Did every document get there, once and whole? Every byte, count and text of the stores")
+    held_out = [word for name in STORES[2:] for word in ("--held-out", stores / name)]
+    _crystal("data", "audit", *(stores / name for name in STORES[:2]), *held_out, "--tokenizer", tokenizer)
 
 
 def _train(run: Path) -> None:

@@ -156,7 +156,7 @@ def _begin(
                 proof = old.get("engine") or asdict(encoder.choose_engine(options.engine, [*_samples(units, options)]))
                 write_json(out / BUILD_FILE, {**old, **plan, "engine": proof})
                 return None
-        watch("waiting for others", 0, 1)
+        watch("beginning", 0, 1)
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 

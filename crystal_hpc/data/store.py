@@ -129,13 +129,17 @@ class TokenStore:
 
     def document_span(self, number: int) -> tuple[int, int]:
         """Where document `number` begins and ends in the stream of tokens. Raises IndexError outside."""
-        if not 0 <= number < self.info.documents:
-            raise IndexError(f"document {number} of {self.info.documents}")
-        shard = bisect_right(self._document_ends, number)
-        place = number - (self._document_ends[shard] - self.info.shards[shard].documents)
+        shard, place = self.place_of(number)
         begin, end = read_documents(self.path(shard), place, place + 1).offsets.tolist()
         before = self._ends[shard] - self.info.shards[shard].tokens
         return before + begin, before + end
+
+    def place_of(self, number: int) -> tuple[int, int]:
+        """Shard and place in it of document `number`. Raises IndexError outside."""
+        if not 0 <= number < self.info.documents:
+            raise IndexError(f"document {number} of {self.info.documents}")
+        shard = bisect_right(self._document_ends, number)
+        return shard, number - (self._document_ends[shard] - self.info.shards[shard].documents)
 
     def documents(self, shard: int) -> Documents:
         """What a shard says of its documents; offsets count from its own first token. Raises StoreError."""

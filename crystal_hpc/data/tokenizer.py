@@ -122,6 +122,17 @@ class Tokenizer:
         found: int | None = self._reference.library.token_to_id(token)
         return found
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the special tokens, by their names."""
+        return {token["content"]: token["id"] for token in self._value["added_tokens"] if token["special"]}
+
+    @property
+    def unknown(self) -> int | None:
+        """The id of what the vocabulary has no token for; None where that cannot happen."""
+        name = self._value["model"].get("unk_token")
+        return self.id_of(name) if name is not None else None
+
     def encode(self, text: str) -> list[int]:
         """The ids of one text, without BOS and EOS."""
         return self.encode_batch([text])[0]

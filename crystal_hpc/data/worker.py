@@ -59,30 +59,33 @@ class Worker:
         self._place, self._watch = place, watch
         self._parts = make_folder(out / PARTS)
         self._locks = make_folder(out / PARTS / LOCKS)
-        tokenizer.choose_engine(self.plan["engine"]["engine"].partition(" ")[0])
+        # Where the fast engine passed the corpus's samples, it is used; a node without it encodes alike, only slower.
+        proven = self.plan["engine"]["engine"].startswith("gigatoken")
+        tokenizer.choose_engine(None if proven else "tokenizers")
 
     def run(self) -> StoreInfo:
         """Returns once the store is complete. Raises StoreError, DiskError, and what `watch` raises."""
         try:
             self._encode()
-            self._once("divide", self._parts / DIVISION, self._divide)
+            self._once("dividing", self._parts / DIVISION, self._divide)
             self._merge()
-            self._once("finish", self.out / STORE_FILE, self._finish)
+            self._once("finishing", self.out / STORE_FILE, self._finish)
         except FileNotFoundError:
             if not (self.out / STORE_FILE).exists():  # else another process has finished, and cleared away the parts
                 raise
         return read_store_info(self.out)
 
     def _once(self, name: str, result: Path, do: Callable[[], None]) -> None:
-        is_done = lambda path: path.exists() or self._is_complete()  # noqa: E731
-        share([result], lambda _: name, is_done, lambda _: do(), self._locks, self._look)
+        """Has something done by the first process to come here; the others wait for its result."""
+
+        def is_done(path: Path) -> bool:
+            return path.exists() or self._is_complete()
+
+        share([result], lambda _: name, is_done, lambda _: do(), self._locks, lambda: self._watch(name, 0, 1))
 
     def _is_complete(self) -> bool:
         """Whether another process was quicker, and has cleared away the parts."""
         return (self.out / STORE_FILE).exists()
-
-    def _look(self) -> None:
-        self._watch("waiting for others", 0, 1)
 
     def _encode(self) -> None:
         encoding = Encoding(
@@ -108,7 +111,11 @@ class Worker:
         account, parts = read_accounts(self.units, self._parts)
         if not parts:
             account.rejections.check(self.plan["most_rejected"], 0)
-        division = divide(parts, self.plan["seed"], self.plan["shard_tokens"], self.plan["held_out"], self._look)
+
+        def look() -> None:
+            self._watch("dividing", 0, 1)
+
+        division = divide(parts, self.plan["seed"], self.plan["shard_tokens"], self.plan["held_out"], look)
         repeated = _count_repeated(parts, division, account.rejections)
         _write_rejected(self.out / REJECTED_FILE, account.rejections)
         account.rejections.check(self.plan["most_rejected"], account.documents - repeated["documents"])

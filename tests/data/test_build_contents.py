@@ -208,6 +208,10 @@ def test_the_tools_train_build_and_check(tmp_path: Path, corpus: Path) -> None:
     assert "120 documents" in made.stdout and "1 shards" in made.stdout, made.stderr
     checked = tool("check_store", tmp_path / "store")
     assert "good" in checked.stdout and checked.returncode == 0, checked.stderr
+    audited = tool("audit_store", tmp_path / "store", "--tokenizer", tmp_path / "tok")
+    assert audited.stdout.rstrip().endswith("0 bad") and audited.returncode == 0, audited.stderr
+    shown = tool("show_store", tmp_path / "store", "--tokenizer", tmp_path / "tok", "--document", 0)
+    assert shown.stdout.startswith("document 0, hash ") and shown.returncode == 0, shown.stderr
 
 
 def test_a_tool_tells_a_mistake_in_one_line_and_exits_2(tmp_path: Path) -> None:
