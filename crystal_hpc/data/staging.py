@@ -10,6 +10,7 @@ what is bad three times is damaged at its source.
 import contextlib
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -157,18 +158,24 @@ def _stage(
         staged.kept += sum(shard.bytes for shard in info.shards)
         shown.add(sum(shard.bytes for shard in info.shards))
         return
-    for shard in info.shards:
-        part = _Shard(info, shard, copy, should_stop, shown)
-        try:
-            together(comm, part.open, should_stop)
-            part.fetch_frame(comm, copier)
-            together(comm, part.look, should_stop)
-            part.fetch_tokens(comm, copier)
-            together(comm, part.finish)
-        finally:
-            part.close()
-        staged.copied += part.copied
-        staged.kept += shard.bytes - part.copied
+    # While a shard is flushed to the disk, the next one is already being read.
+    with ThreadPoolExecutor(1) as flushing:
+        flushes: list[Future[None]] = []
+        for shard in info.shards:
+            part = _Shard(info, shard, copy, should_stop, shown)
+            try:
+                together(comm, part.open, should_stop)
+                part.fetch_frame(comm, copier)
+                together(comm, part.look, should_stop)
+                part.fetch_tokens(comm, copier)
+            except BaseException:
+                part.close()
+                raise
+            together(comm, lambda: [flush.result() for flush in flushes])
+            flushes.append(flushing.submit(part.finish))
+            staged.copied += part.copied
+            staged.kept += shard.bytes - part.copied
+        together(comm, lambda: [flush.result() for flush in flushes])
 
     def mark() -> None:
         if not copy.complete:
@@ -247,13 +254,18 @@ class _Shard:
         """Makes the shard durable, and gives it its name."""
         if self._idle:
             return
-        with disk.scratch_errors(self._path):
-            os.fsync(self._descriptor)
-            os.replace(self._path, self._final)
+        try:
+            with disk.scratch_errors(self._path):
+                os.fsync(self._descriptor)
+                os.replace(self._path, self._final)
+        finally:
+            self.close()
 
     def close(self) -> None:
+        """Closes the pending file."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
+            self._descriptor = -1
 
     def _is_frame_good(self) -> bool:
         with disk.scratch_errors(self._path):
