@@ -28,6 +28,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/slurm.py
+	$(BIN)/python benchmarks/stage.py
 
 cluster-up:
 	@$(DEVCLUSTER) up --nodes $(NODES) $(if $(ACCOUNTING),--accounting)

@@ -16,7 +16,7 @@ from pathlib import Path
 from crystal_hpc.config.schema import Run
 from crystal_hpc.data import scratch as disk
 from crystal_hpc.data.rows import Rows
-from crystal_hpc.data.slices import Cut, SliceFile, hold, make_cut, open_reading, passed, write_slice
+from crystal_hpc.data.slices import Cut, SliceFile, hold, make_cut, open_reading, passed, remove_unfinished, write_slice
 from crystal_hpc.data.sources import Sources, read_sources
 from crystal_hpc.errors import CrystalError, StoreError
 from crystal_hpc.log import log, setup_logging
@@ -41,6 +41,7 @@ class PreparedRows:
         try:
             if self._helper is not None:
                 disk.clean(self._scratch, [self._cut.folder(self._scratch)])
+                remove_unfinished(self._cut, self._scratch)
             return hold(self._cut, self._scratch)
         except (CrystalError, OSError) as error:
             self._give_up(error)

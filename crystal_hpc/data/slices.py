@@ -198,8 +198,10 @@ class SliceFile:
                     name: (data.id.get_offset() or 0, data.dtype, data.shape[1:]) for name, data in file.items()
                 }
         except Exception as error:  # h5py has as many as a damaged file has ways
+            self.close()
             raise StoreError(f"{self.path}: the slice cannot be read ({error})") from error
         if found != cut.attributes(first, stop):
+            self.close()
             raise StoreError(f"{self.path}: not the slice of this run, phase, rank and steps, but of {found}")
 
     def read(self, step: int) -> Rows:
@@ -241,6 +243,13 @@ def hold(cut: Cut, scratch: Path) -> disk.Lock:
     if held is None:
         raise DiskError(f"{folder}: another process is removing it")
     return held
+
+
+def remove_unfinished(cut: Cut, scratch: Path) -> None:
+    """Deletes what a helper of this rank that was killed had begun. Raises OSError."""
+    rank, size = cut.share.data_rank, cut.share.data_size
+    for path in cut.folder(scratch).glob(f"{cut.phase}.rank-{rank}-of-{size}.*{PENDING}"):
+        path.unlink(missing_ok=True)
 
 
 def passed(cut: Cut, scratch: Path, before: int) -> Iterator[Path]:

@@ -7,8 +7,10 @@ and on the disk; store.json comes last. What half a copy has that is good is kep
 what is bad three times is damaged at its source.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -156,18 +158,24 @@ def _stage(
         staged.kept += sum(shard.bytes for shard in info.shards)
         shown.add(sum(shard.bytes for shard in info.shards))
         return
-    for shard in info.shards:
-        part = _Shard(info, shard, copy, should_stop, shown)
-        try:
-            together(comm, part.open, should_stop)
-            part.fetch_frame(comm, copier)
-            together(comm, part.look, should_stop)
-            part.fetch_tokens(comm, copier)
-            together(comm, part.finish)
-        finally:
-            part.close()
-        staged.copied += part.copied
-        staged.kept += shard.bytes - part.copied
+    # While a shard is flushed to the disk, the next one is already being read.
+    with ThreadPoolExecutor(1) as flushing:
+        flushes: list[Future[None]] = []
+        for shard in info.shards:
+            part = _Shard(info, shard, copy, should_stop, shown)
+            try:
+                together(comm, part.open, should_stop)
+                part.fetch_frame(comm, copier)
+                together(comm, part.look, should_stop)
+                part.fetch_tokens(comm, copier)
+            except BaseException:
+                part.close()
+                raise
+            together(comm, lambda: [flush.result() for flush in flushes])
+            flushes.append(flushing.submit(part.finish))
+            staged.copied += part.copied
+            staged.kept += shard.bytes - part.copied
+        together(comm, lambda: [flush.result() for flush in flushes])
 
     def mark() -> None:
         if not copy.complete:
@@ -246,13 +254,18 @@ class _Shard:
         """Makes the shard durable, and gives it its name."""
         if self._idle:
             return
-        with disk.scratch_errors(self._path):
-            os.fsync(self._descriptor)
-            os.replace(self._path, self._final)
+        try:
+            with disk.scratch_errors(self._path):
+                os.fsync(self._descriptor)
+                os.replace(self._path, self._final)
+        finally:
+            self.close()
 
     def close(self) -> None:
+        """Closes the pending file."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
+            self._descriptor = -1
 
     def _is_frame_good(self) -> bool:
         with disk.scratch_errors(self._path):
@@ -285,11 +298,12 @@ class _Shard:
     def _refuse_bad(self) -> None:
         for number, piece in enumerate(self._tokens):
             if not self._good[number]:
-                data = memoryview(bytearray(piece.size))
-                with open(self._source, "rb") as file:
+                data, block = memoryview(bytearray(piece.size)), None
+                with contextlib.suppress(OSError), open(self._source, "rb") as file:
                     os.preadv(file.fileno(), [data], piece.start)
+                    block = self._bad_block(piece, data)
                 first = (piece.start - self._shard.tokens_at) // BLOCK
-                raise damaged_block(self._source, self._bad_block(piece, data) or first, self._blocks)
+                raise damaged_block(self._source, first if block is None else block, self._blocks)
 
 
 class _Shown:
@@ -323,7 +337,10 @@ class StagedStore(TokenStore):
             return None
         held = disk.lock(folder, exclusive=False)
         info = read_copy(shared.info, scratch)
-        if held is None or info is None:
+        if held is None:
+            return None
+        if info is None:
+            held.release()
             return None
         return cls(info, shared, held)
 

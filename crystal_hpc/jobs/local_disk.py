@@ -20,7 +20,7 @@ from crystal_hpc.config.schema import Run, Staging
 from crystal_hpc.data.catalog import StoreInfo
 from crystal_hpc.errors import ConfigError, CrystalError, RunError
 from crystal_hpc.jobs.chain import is_at_end
-from crystal_hpc.jobs.launch import read_cluster
+from crystal_hpc.jobs.launch import read_cluster, read_launch
 from crystal_hpc.jobs.place import my_place
 from crystal_hpc.jobs.request import STOPPED as STOPPED
 from crystal_hpc.log import log, setup_logging
@@ -158,6 +158,7 @@ class CopyTask:
             staging = read_staging(self.run_folder)
             if staging is None or staging.mode != "whole":
                 return 0
+            flag.deadline = read_launch(self.run_folder, place.start).deadline
             comm = my_comm()
             shown = _logged() if comm.rank == 0 else None
             whole = copy_stores(

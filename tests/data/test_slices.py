@@ -250,7 +250,11 @@ def test_a_helper_prepares_the_next_slice_and_passed_ones_go(
     run: Run, sources: Sources, tmp_path: Path, helpers: Callable[[Cut, int], Helper]
 ) -> None:
     cut, reading = make_cut(run, sources, 1, 1, 2, SPAN), open_reading(run, sources, 1)
+    killed = cut.path(tmp_path, 4, 8).with_suffix(".h5.1.pending")
+    killed.parent.mkdir(parents=True)
+    killed.write_bytes(b"begun")
     prepared = PreparedRows(cut, tmp_path, helpers(cut, 1))
+    assert not killed.exists()
     assert prepared.read(0) is None, "nobody waits for it"
     wait_for(cut.path(tmp_path, 4, 8).exists)
     rows = prepared.read(4)
