@@ -59,7 +59,7 @@ class Worker:
         self._place, self._watch = place, watch
         self._parts = make_folder(out / PARTS)
         self._locks = make_folder(out / PARTS / LOCKS)
-        tokenizer.choose_engine(self.plan["engine"]["engine"].partition(" ")[0])
+        tokenizer.use_engine(self.plan["engine"]["engine"])
 
     def run(self) -> StoreInfo:
         """Returns once the store is complete. Raises StoreError, DiskError, and what `watch` raises."""
