@@ -6,8 +6,8 @@ documents of all outputs are compared, as multisets, since ours and datatrove's 
 (a) `megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder` fed by Hugging Face's `tokenizers`, which is what
     Megatron's `tools/preprocess_data.py` does: with a pool of workers that encode document by document, as there, and
     with one loop over `encode_batch`, in batches of several sizes, on the library's own threads. The fastest counts.
-(b) datatrove's pipeline: JsonlReader, DocumentTokenizer, then DocumentTokenizerMerger, which finishes the shuffle. It is
-    measured where it is installed (`pip install datatrove`).
+(b) datatrove's pipeline: JsonlReader, DocumentTokenizer, then DocumentTokenizerMerger, which finishes the shuffle. It
+    is measured where it is installed (`pip install datatrove`).
 
     python benchmarks/tokenize.py [--megabytes 150] [--turns 2] [--tokenizer FILE] [--corpus FOLDER] [--json FILE]
 
@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import xxhash
+from tokenizers.processors import TemplateProcessing
 
 from crystal_hpc.data.build import build_store
 from crystal_hpc.data.catalog import read_tokenizer_json
@@ -82,12 +83,12 @@ def main() -> int:
 def _make_corpus(folder: Path, megabytes: int) -> Path:
     """Prose and code in some files of about the same size; repeated, with other first lines, if there is too little."""
     harvest(folder / "harvest", megabytes * 3 // 4 * 1_000_000, held_out=0)
-    records = [json.loads(line) for path in sorted(folder.glob("harvest/*.jsonl"), reverse=True) for line in open(path)]
+    lines = [path.read_bytes().split(b"\n") for path in sorted(folder.glob("harvest/*.jsonl"), reverse=True)]
+    texts = [json.loads(line)["text"] for several in lines for line in several if line]
     left, copy = megabytes * 1_000_000, 0
     files = [open(folder / f"part-{number}.jsonl", "w") for number in range(FILES)]  # noqa: SIM115
     while left > 0:
-        for number, record in enumerate(records):
-            text = f"copy {copy}\n{record['text']}" if copy else record["text"]
+        for number, text in enumerate(f"copy {copy}\n{text}" if copy else text for text in texts):
             if "\0" not in text and left > 0:  # which we reject
                 files[number % FILES].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                 left -= len(text.encode())
@@ -113,9 +114,7 @@ def _make_tokenizer(folder: Path, corpus: Path, given: Path | None) -> None:
     value["added_tokens"] = [token for token in value["added_tokens"] if not token["special"]]
     value["post_processor"] = None
     library = tokenizers.Tokenizer.from_str(json.dumps(value))
-    library.post_processor = tokenizers.processors.TemplateProcessing(
-        "<begin> $A <end>", special_tokens=[*ends.items()]
-    )
+    library.post_processor = TemplateProcessing("<begin> $A <end>", special_tokens=[*ends.items()])
     library.save(str(folder / "peer.json"))
 
 

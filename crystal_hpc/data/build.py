@@ -163,7 +163,7 @@ def _begin(
 
 
 def help_build(out: Path, tokenizer: Path) -> None:
-    """Takes part in the build of the process that started this one, from its word (a byte on stdin) until it is done."""
+    """Takes part in the build of the process that started this, from its word, a byte on stdin, until it is done."""
     parent = os.getppid()
     encoder = Tokenizer.load(tokenizer)
     encoder.encode("")  # makes the engine ready, while the other process chooses one
