@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
@@ -285,7 +286,8 @@ def _read(name: str, place: Path) -> Iterator[Any]:
             ids = np.fromfile(path, np.uint16 if _is_small(place) else np.uint32)
             yield from np.split(ids, np.fromfile(f"{path}.index", np.int64)[:-1])
     else:
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
+        with warnings.catch_warnings(action="ignore"):
+            from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         yield from IndexedDataset(str(place / "out"))
 
