@@ -5,6 +5,7 @@ tensors (tokens and labels).
 
 - In random order: ours is `PhaseBatches.read`, that is the order, the store with its block digests on, and the digest
   of the rows for the journal; the named peer is `GPTDataset.__getitem__` of megatron-core and a stack of its samples.
+- The same with a mixture of 8 sources, and Megatron's BlendedDataset.
 - In order: rows 0, 1, 2, ... of ours, against the same GPTDataset with its documents and samples put in order.
 - First touch: the first time that a process reads a block it is compared with its digest.
 - FIM at character and at token level, 90 % of the documents, against what one H100 eats that trains a 7B model.
@@ -22,6 +23,7 @@ comes 100 times as soon, else 1.
 import argparse
 import itertools
 import json
+import logging
 import os
 import statistics
 import sys
@@ -63,6 +65,7 @@ LENGTH, BATCH = 2048, 16
 BLOCK = 16  # batches between two looks at the clock
 SOURCES = 8  # of the plan whose first batch is waited for
 SAMPLES = 10**9
+MIXED = f"random, {SOURCES} sources"
 EATEN = 7  # rows of 2048 a second that an H100 eats when it trains a 7B model
 AIMS = {"random": 1.0, "character FIM": 50.0 * EATEN, "first batch": 100.0}
 
@@ -79,6 +82,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # Megatron's, about a blend of one
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -141,10 +145,12 @@ def _rates(folder: Path, turns: int) -> Figures:
     ordered = _dataset(folder, 1, store.rows(LENGTH)).datasets[0]
     _put_in_order(ordered)
     rewriter = Rewriter(Tokenizer.load(folder / "tokenizer.json"), seed=1)
-    plain = _batches(folder, run)
+    blend, mixed = _dataset(folder, SOURCES, store.rows(LENGTH)), _batches(folder, _run(SOURCES, SAMPLES))
     reads: dict[str, Read] = {
-        "ours, random": lambda number: _pair(plain.read(number)),
+        "ours, random": _reader(_batches(folder, run)),
         "Megatron, random": lambda number: _stack(dataset, number),
+        f"ours, {MIXED}": _reader(mixed),
+        f"Megatron, {MIXED}": lambda number: _stack(blend, number),
         "ours, in order": lambda number: _pair(_in_order(store, number)),
         "Megatron, in order": lambda number: _stack(ordered, number),
     }
@@ -158,7 +164,7 @@ def _rates(folder: Path, turns: int) -> Figures:
     for turn, (name, read) in itertools.product(range(turns), reads.items()):
         times[name].append(_time(read, range(turn * BLOCK, (turn + 1) * BLOCK)))
     rates = {name: BLOCK * BATCH / statistics.median(several) for name, several in times.items()}
-    for way in ("random", "in order"):
+    for way in ("random", MIXED, "in order"):
         pairs = zip(times[f"ours, {way}"], times[f"Megatron, {way}"], strict=True)
         figures[f"ratio, {way}"] = statistics.median(other / own for own, other in pairs)
     return {**figures, "rates": rates, "times": times}
@@ -222,15 +228,7 @@ def _dataset(folder: Path, sources: int, samples: int) -> Any:
             create_attention_mask=False,
         )
         builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config)
-        dataset = builder.build()[0]
-    return dataset if hasattr(dataset, "datasets") else _Alone(dataset)
-
-
-class _Alone:
-    """A dataset that Megatron has not blended, since it is the only one."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.datasets = [dataset]
+        return builder.build()[0]
 
 
 def _link(folder: Path, prefix: Path) -> str:
@@ -274,7 +272,8 @@ def _show(figures: Figures) -> bool:
     print(f"  {'ours, random, digests not yet checked':<32}{figures['first touch']:>10.0f} rows/s")
     random, first = figures["ratio, random"], figures["first batch"]
     fim = figures["rates"]["ours, random, character FIM"]
-    print(f"ours / Megatron, random: {random:.2f} (aim {AIMS['random']:g}); in order: {figures['ratio, in order']:.2f}")
+    ratios = ", ".join(f"{way} {figures[f'ratio, {way}']:.2f}" for way in (MIXED, "in order"))
+    print(f"ours / Megatron: random {random:.2f} (aim {AIMS['random']:g}), {ratios}")
     print(
         f"character FIM: {fim:.0f} rows/s, {fim / EATEN:.0f} times what an H100 eats at 7B "
         f"(aim {AIMS['character FIM']:g} rows/s)"
