@@ -34,7 +34,7 @@ from crystal_hpc.data.catalog import (
 from crystal_hpc.data.corpus import LONGEST, MOST_REJECTED, Document, Fields, Unit, list_units, read_unit
 from crystal_hpc.data.tokenizer import Tokenizer
 from crystal_hpc.data.work import SECONDS_BETWEEN_LOOKS, claimed
-from crystal_hpc.data.worker import LOCKS, PARTS, Worker
+from crystal_hpc.data.worker import LOCKS, PARTS, Worker, remove_parts
 from crystal_hpc.errors import StoreError
 from crystal_hpc.files import PENDING, disk_errors, make_folder, read_json, remove_folder, write_json
 from crystal_hpc.progress import Progress
@@ -136,7 +136,9 @@ def build_store(
             if finished := _begin(out, plan, encoder, units, options, watch):
                 return finished
             let_begin()
-            return Worker(out, encoder, units, place, watch).run()
+            info = Worker(out, encoder, units, place, watch).run()
+        remove_parts(out)  # again: a process that came late may have made the folder once more
+        return info
     except Stopped:
         return None
 
