@@ -27,6 +27,8 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/tokenize.py
+	$(BIN)/python benchmarks/read.py
 	$(BIN)/python benchmarks/slurm.py
 	$(BIN)/python benchmarks/stage.py
 

@@ -119,6 +119,8 @@ class Data(Strict):
     """Training stores: name -> folder."""
     held_out: dict[Name, str] = Field(default_factory=dict)
     """Stores that are evaluated at the end of each phase and never trained on: name -> folder."""
+    check: bool = True
+    """Whether each 64 KiB of tokens is compared with its digest when something of it is first read."""
     most_epochs: dict[Name, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """How often the whole run may read a source, by source; one that is not named may be read any number of times."""
 

@@ -34,7 +34,7 @@ from crystal_hpc.data.catalog import (
 from crystal_hpc.data.corpus import LONGEST, MOST_REJECTED, Document, Fields, Unit, list_units, read_unit
 from crystal_hpc.data.tokenizer import Tokenizer
 from crystal_hpc.data.work import SECONDS_BETWEEN_LOOKS, claimed
-from crystal_hpc.data.worker import LOCKS, PARTS, Worker
+from crystal_hpc.data.worker import LOCKS, PARTS, Worker, remove_parts
 from crystal_hpc.errors import StoreError
 from crystal_hpc.files import PENDING, disk_errors, make_folder, read_json, remove_folder, write_json
 from crystal_hpc.progress import Progress
@@ -130,11 +130,15 @@ def build_store(
         raise StoreError(f"{out}: --fresh is for one process, and {place[1]} were started; delete the folder first")
     if fresh:
         _remove_store(out)
+    helpers = 0 if _finished(out) else min(workers, len(units)) - 1
     try:
-        if finished := _begin(out, plan, encoder, units, options, watch):
-            return finished
-        with _helpers(out, min(workers, len(units)) - 1):
-            return Worker(out, encoder, units, place, watch).run()
+        with _helpers(out, tokenizer, helpers) as let_begin:
+            if finished := _begin(out, plan, encoder, units, options, watch):
+                return finished
+            let_begin()
+            info = Worker(out, encoder, units, place, watch).run()
+        remove_parts(out)  # again: a process that came late may have made the folder once more
+        return info
     except Stopped:
         return None
 
@@ -160,36 +164,50 @@ def _begin(
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def help_build(out: Path) -> None:
-    """Takes part in the build that another process on this machine began, until it is done."""
-    plan = read_json(out / BUILD_FILE)
+def help_build(out: Path, tokenizer: Path) -> None:
+    """Takes part in the build of the process that started this, from its word, a byte on stdin, until it is done."""
     parent = os.getppid()
+    encoder = Tokenizer.load(tokenizer)
+    encoder.encode("")  # makes the engine ready, while the other process chooses one
+    if not sys.stdin.buffer.read(1):
+        return
+    plan = read_json(out / BUILD_FILE)
 
     def watch(_what: str, _done: int, _total: int, _note: str = "") -> None:
         if os.getppid() != parent:
             raise Stopped
 
-    encoder = Tokenizer.load(Path(plan["tokenizer_path"]))
     units = list_units([Path(path) for path in plan["paths"]], unit_bytes=plan["unit_bytes"], format=plan["kind"])
     with contextlib.suppress(Stopped, StoreError):  # what is wrong, the one that began finds out for itself
         Worker(out, encoder, units, (0, 1), watch).run()
 
 
 @contextlib.contextmanager
-def _helpers(out: Path, count: int) -> Iterator[None]:
-    """So many more processes that work on the same build; they end with the block."""
-    command = [sys.executable, "-m", "crystal_hpc.data.build", str(out)]
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"} if count > 0 else {}
-    if count > 0:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def _helpers(out: Path, tokenizer: Path, count: int) -> Iterator[Callable[[], None]]:
+    """So many more processes for the same build. They get ready, begin once the function is called, and end with the
+    block."""
+    command = [sys.executable, "-m", "crystal_hpc.data.build", str(out), str(tokenizer)]
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     # A session of their own: Ctrl-C is for the one that can say so.
-    helpers = [subprocess.Popen(command, env=environment, start_new_session=True) for _ in range(count)]
+    helpers = [
+        subprocess.Popen(command, env=environment, start_new_session=True, stdin=subprocess.PIPE) for _ in range(count)
+    ]
+
+    def let_begin() -> None:
+        if helpers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        for helper in helpers:
+            assert helper.stdin
+            with contextlib.suppress(BrokenPipeError):  # it has died: we do without
+                helper.stdin.write(b"\n")
+                helper.stdin.flush()
+
     try:
-        yield
+        yield let_begin
     finally:
         for helper in helpers:
             helper.send_signal(signal.SIGTERM)  # at any moment: nothing is lost but a part in the making
-            helper.wait()
+            helper.communicate()
 
 
 def _check(options: Options) -> None:
@@ -294,4 +312,4 @@ def _remove_store(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    help_build(Path(sys.argv[1]))
+    help_build(Path(sys.argv[1]), Path(sys.argv[2]))

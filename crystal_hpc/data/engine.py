@@ -93,9 +93,14 @@ class Proof:
     """Texts that both engines encoded, identically where `engine` is not the reference."""
 
 
-def fastest(value: dict[str, Any], samples: Sequence[str] = ()) -> tuple[Engine, Proof]:
-    """The fastest engine that gives the reference's ids for hostile strings and these samples."""
-    reference = Tokenizers(value)
+def fastest(
+    value: dict[str, Any], samples: Sequence[str] = (), reference: Tokenizers | None = None
+) -> tuple[Engine, Proof]:
+    """The fastest engine that gives the reference's ids for hostile strings and these samples.
+
+    `reference`, of the same tokenizer, is made anew where it is not given.
+    """
+    reference = reference or Tokenizers(value)
     specials = [token["content"] for token in value["added_tokens"]]
     texts = [*HOSTILE, *specials, *(f"a {special}b" for special in specials), *samples]
     try:
@@ -112,13 +117,15 @@ def fastest(value: dict[str, Any], samples: Sequence[str] = ()) -> tuple[Engine,
     return reference, Proof(reference.name, f"{quick.name} gave other ids", len(texts))
 
 
-def named(value: dict[str, Any], name: str | None, samples: Sequence[str] = ()) -> tuple[Engine, Proof]:
+def named(
+    value: dict[str, Any], name: str | None, samples: Sequence[str], reference: Tokenizers
+) -> tuple[Engine, Proof]:
     """The engine of that name (`tokenizers`, `gigatoken`), or the fastest. Raises StoreError if it cannot be had."""
-    if name is None:
-        return fastest(value, samples)
     if name == "tokenizers":
-        return (reference := Tokenizers(value)), Proof(reference.name, "asked for")
-    engine, proof = fastest(value, samples)
+        return reference, Proof(reference.name, "asked for")
+    engine, proof = fastest(value, samples, reference)
+    if name is None:
+        return engine, proof
     if name != "gigatoken":
         raise StoreError(f"tokenizing engine {name!r} is unknown; choose tokenizers or gigatoken")
     if not isinstance(engine, Gigatoken):

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Run
 from crystal_hpc.data.catalog import rows
-from crystal_hpc.data.permutation import mix, permute, round_keys, unpermute
+from crystal_hpc.data.permutation import ROUNDS, mix, permute_each, round_keys, unpermute
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +69,8 @@ class PhaseOrder:
         taken = np.array(self.start, dtype=np.int64) + counts + inside
         ordinal = np.take_along_axis(taken, source[:, None], axis=1)[:, 0]
         count = np.array(self.rows, dtype=np.int64)[source]
-        return source, ordinal // count, self._rows(source, ordinal // count, ordinal % count)
+        epoch = ordinal // count
+        return source, epoch, permute_each(ordinal % count, count, self._keys(source, epoch))
 
     def consumed(self, samples: int) -> dict[str, int]:
         """How many of the phase's first `samples` samples come from each source."""
@@ -138,14 +139,13 @@ class PhaseOrder:
         """Slots [edges[k], edges[k+1]) of the block belong to source k."""
         return [after - before for before, after in zip(self._floors(number), self._floors(number + 1), strict=True)]
 
-    def _rows(self, source: "Ints", epoch: "Ints", index: "Ints") -> "Ints":
+    def _keys(self, source: "Ints", epoch: "Ints") -> "npt.NDArray[np.uint64]":
+        """The keys of each one's permutation, (rounds, n)."""
         import numpy as np
 
-        row = np.empty_like(index)
-        for k, e in set(zip(source.tolist(), epoch.tolist(), strict=True)):
-            here = (source == k) & (epoch == e)
-            row[here] = permute(index[here], self.rows[k], self._row_keys(k, e))
-        return row
+        pairs, which = np.unique(epoch * len(self.sources) + source, return_inverse=True)
+        several = [self._row_keys(pair % len(self.sources), pair // len(self.sources)) for pair in pairs.tolist()]
+        return np.array(several, dtype=np.uint64).reshape(-1, ROUNDS).T[:, which]
 
     def _row_keys(self, k: int, epoch: int) -> list[int]:
         """Keys of the epoch's permutation. The phase has no part in them: an epoch that spans two keeps its order."""

@@ -56,15 +56,18 @@ def read_source_info(folder: Path) -> StoreInfo:
     return read_published_info(folder)
 
 
-def open_source(info: StoreInfo, vocab_size: int | None = None) -> "TokenStore | PublishedRows":
-    """The reader for what `read_source_info` found. `vocab_size`: the model's; published rows are held against it."""
+def open_source(info: StoreInfo, vocab_size: int | None = None, check: bool = True) -> "TokenStore | PublishedRows":
+    """The reader for what `read_source_info` found.
+
+    `vocab_size` is the model's; published rows are held against it. `check`: see TokenStore.
+    """
     if info.layout == "rows":
         from crystal_hpc.data.published import PublishedRows
 
         return PublishedRows(info, vocab_size)
     from crystal_hpc.data.store import TokenStore
 
-    return TokenStore(info)
+    return TokenStore(info, check)
 
 
 def read_sources(run: Run) -> Sources:

@@ -98,14 +98,19 @@ class Tokenizer:
         """Encodes with the engine of that name from now on, or with the fastest that proves identical on the samples.
 
         Without this call, the fastest on the hostile strings of `data.engine`. Raises StoreError."""
-        self._engines[False], proof = engine.named(self._value, name, samples)
+        self._engines[False], proof = engine.named(self._value, name, samples, self._reference)
         self._engines.pop(True, None)
         return proof
 
+    def use_engine(self, recorded: str) -> None:
+        """Encodes with the engine that a Proof names, from now on, or with the reference, which gives the same ids."""
+        if recorded.startswith("tokenizers"):
+            self.choose_engine("tokenizers")
+
     def _engine(self, inside: bool) -> engine.Engine:
         if inside not in self._engines:
-            value = engine.for_inside(self._value) if inside else self._value
-            self._engines[inside] = engine.fastest(value)[0]
+            value, reference = (engine.for_inside(self._value), None) if inside else (self._value, self._reference)
+            self._engines[inside] = engine.fastest(value, reference=reference)[0]
         return self._engines[inside]
 
     def _first_id(self, names: Sequence[str], what: str, where: str) -> int:

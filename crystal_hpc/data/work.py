@@ -16,7 +16,7 @@ from typing import TypeVar
 from crystal_hpc.files import disk_errors
 
 Item = TypeVar("Item")
-SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_BETWEEN_LOOKS = 0.2  # the first ones of a wait come sooner
 
 
 @contextlib.contextmanager
@@ -54,6 +54,7 @@ def share(
     """
     begin = len(items) * rank // size
     left = [*items[begin:], *items[:begin]]
+    pause = SECONDS_BETWEEN_LOOKS / 16
     while left:
         others = []
         for item in left:
@@ -67,7 +68,8 @@ def share(
                     do(item)
         left = others
         if left:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(pause)
+            pause = min(2 * pause, SECONDS_BETWEEN_LOOKS)
 
 
 def place_among_tasks(environ: Mapping[str, str]) -> tuple[int, int]:

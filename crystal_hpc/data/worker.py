@@ -42,6 +42,11 @@ REJECTED_FILE = "rejected.jsonl"
 REPEATED = "id seen before"
 
 
+def remove_parts(out: Path) -> None:
+    """Deletes what was only needed until the store at `out` was complete."""
+    remove_folder(out / PARTS)
+
+
 class Worker:
     """Works on the build that build.json in `out` describes."""
 
@@ -59,9 +64,7 @@ class Worker:
         self._place, self._watch = place, watch
         self._parts = make_folder(out / PARTS)
         self._locks = make_folder(out / PARTS / LOCKS)
-        # Where the fast engine passed the corpus's samples, it is used; a node without it encodes alike, only slower.
-        proven = self.plan["engine"]["engine"].startswith("gigatoken")
-        tokenizer.choose_engine(None if proven else "tokenizers")
+        tokenizer.use_engine(self.plan["engine"]["engine"])
 
     def run(self) -> StoreInfo:
         """Returns once the store is complete. Raises StoreError, DiskError, and what `watch` raises."""
@@ -70,7 +73,7 @@ class Worker:
             self._once("dividing", self._parts / DIVISION, self._divide)
             self._merge()
             self._once("finishing", self.out / STORE_FILE, self._finish)
-        except FileNotFoundError:
+        except (FileNotFoundError, StoreError):
             if not (self.out / STORE_FILE).exists():  # else another process has finished, and cleared away the parts
                 raise
         return read_store_info(self.out)
@@ -199,7 +202,7 @@ class Worker:
         write_json(self.out / STORE_FILE, self._info(self.out, training, rejected).as_json())
         for stale in self.out.glob(f"*{PENDING}"):  # of runs that were killed
             stale.unlink(missing_ok=True)
-        remove_folder(self._parts)
+        remove_parts(self.out)
 
     def _info(self, folder: Path, shards: list[ShardInfo], rejected: dict[str, int]) -> StoreInfo:
         return StoreInfo(

@@ -15,7 +15,7 @@ from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Run
 from crystal_hpc.data.catalog import rows
 from crystal_hpc.data.order import PhaseOrder, deal, run_orders
-from crystal_hpc.data.permutation import permute, round_keys
+from crystal_hpc.data.permutation import ROUNDS, permute, permute_each, round_keys
 
 LENGTH = 8
 many = settings(deadline=None)
@@ -92,6 +92,16 @@ def test_permute_stays_in_range_at_any_size(size: int, indices: list[int]) -> No
     assert values == [permute(index, size, round_keys("large")) for index in chosen]
     assert len(set(values)) == len(chosen)
     assert all(0 <= value < size for value in values)
+
+
+@many
+@given(places=st.lists(st.tuples(st.integers(1, 2**52), st.integers(0), st.text()), max_size=8))
+def test_each_index_can_have_a_permutation_of_its_own(places: list[tuple[int, int, str]]) -> None:
+    sizes = np.array([size for size, _, _ in places], np.int64)
+    indices = np.array([index % size for size, index, _ in places], np.int64)
+    keys = np.array([round_keys(key) for _, _, key in places], np.uint64).reshape(-1, ROUNDS).T
+    one_by_one = [permute(index % size, size, round_keys(key)) for size, index, key in places]
+    assert permute_each(indices, sizes, keys).tolist() == one_by_one
 
 
 def test_another_key_is_another_permutation() -> None:
