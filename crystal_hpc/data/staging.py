@@ -325,7 +325,7 @@ class StagedStore(TokenStore):
     """
 
     def __init__(self, info: StoreInfo, shared: TokenStore, held: disk.Lock) -> None:
-        super().__init__(info)
+        super().__init__(info, shared._check)
         self._shared, self._held = shared, held
         self._failed = False
 

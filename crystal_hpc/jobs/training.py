@@ -129,7 +129,7 @@ def check_unchanged(sources: Sources, plan: dict[str, Any]) -> None:
 
 
 def _open(infos: dict[str, StoreInfo], run: Run) -> dict[str, RowSource]:
-    return {name: open_source(info, run.model.vocab_size) for name, info in infos.items()}
+    return {name: open_source(info, run.model.vocab_size, run.data.check) for name, info in infos.items()}
 
 
 def _redone(run: Run, position: Position, before: dict[str, Any] | None) -> int:

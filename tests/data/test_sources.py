@@ -11,8 +11,8 @@ import pytest
 from crystal_hpc.config import derive
 from crystal_hpc.config.load import load_run
 from crystal_hpc.data.catalog import rows
-from crystal_hpc.data.sources import read_sources
-from crystal_hpc.errors import ConfigError
+from crystal_hpc.data.sources import open_source, read_sources
+from crystal_hpc.errors import ConfigError, StoreError
 
 Config = dict[str, Any]
 Write = Callable[..., Path]
@@ -30,6 +30,24 @@ def test_held_out_documents_are_not_trained_on_under_another_path(
     run = load_run(write_config(tiny_config), (f"data.held_out={{check: {tmp_path / 'copy'}}}",))
     with pytest.raises(ConfigError, match=r"data.held_out.check: .*copy holds the same tokens as the training source"):
         read_sources(run)
+
+
+def test_a_damaged_block_is_met_on_reading_unless_checks_are_turned_off(
+    tiny_config: Config, write_config: Write, tmp_path: Path
+) -> None:
+    tiny_config["data"]["sources"]["code"] = str(
+        shutil.copytree(tiny_config["data"]["sources"]["code"], tmp_path / "c")
+    )
+    run = load_run(write_config(tiny_config))
+    info = read_sources(run).training["code"]
+    with open(tmp_path / "c" / "shard-00000.h5", "r+b") as file:
+        file.seek(info.shards[0].tokens_at)
+        file.write(b"\x07\x00\x08")
+    with pytest.raises(StoreError, match=r"c/shard-00000.h5: block 0 of \d+ of the tokens is damaged; delete the file"):
+        open_source(info, check=run.data.check).read_row(0, 16)
+    run = load_run(write_config(tiny_config), ("data.check=false",))
+    inputs, _, _ = open_source(info, check=run.data.check).read_row(0, 16)
+    assert inputs[0] == 7
 
 
 def test_a_store_shorter_than_a_row_is_refused(tiny_config: Config, write_config: Write) -> None:
