@@ -111,3 +111,8 @@ def build(
         rejected = f"; rejected: {dict(info.rejected)}, see {out}/rejected.jsonl" if info.rejected else ""
         size = f"{info.documents:,} documents, {info.tokens:,} tokens, {len(info.shards)} shards"
         click.echo(f"{out}: {size}{rejected}")
+        if chosen["held_out"]:
+            from crystal_hpc.data.catalog import HELD_OUT, read_store_info
+
+            apart = read_store_info(info.folder.with_name(info.folder.name + HELD_OUT))
+            click.echo(f"{apart.folder}: {apart.documents:,} documents held out, {apart.tokens:,} tokens")

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from crystal_hpc.data.catalog import BUILD_FILE, StoreInfo, read_store_info
+from crystal_hpc.data.catalog import BUILD_FILE, HELD_OUT, STORE_FILE, StoreInfo, read_store_info
 from crystal_hpc.data.repeats import MOST_STORES, repeated_ids, shared_documents
 from crystal_hpc.data.scan import Scan, scan_shard
 from crystal_hpc.data.spelling import Spelling
@@ -158,6 +158,10 @@ def _conservation(info: StoreInfo) -> Iterator[Found]:
     except (OSError, ValueError, KeyError, TypeError):
         yield "in and out", "note", f"no account of what went in ({BUILD_FILE}): not compared with what is here"
         return
+    folder = info.folder.resolve()
+    if held_out["documents"] and not (folder.with_name(folder.name + HELD_OUT) / STORE_FILE).exists():
+        said = f"{held_out['documents']:,} documents were held out; their store is not beside this one"
+        yield "held out", "note", said
     parts = {"here": info.documents, "held out": held_out["documents"], "ids seen before": repeated["documents"]}
     told = " + ".join(f"{count:,} {name}" for name, count in {**parts, "rejected": rejected}.items())
     if records != sum(parts.values()) + rejected or documents != sum(parts.values()):

@@ -19,22 +19,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from crystal_hpc.data.catalog import (
     BUILD_FILE,
     FORMAT,
-    HELD_OUT,
     STORE_FILE,
     StoreInfo,
     read_store_info,
     tokenizer_file,
 )
 from crystal_hpc.data.corpus import LONGEST, MOST_REJECTED, Document, Fields, Unit, list_units, read_unit
+from crystal_hpc.data.division import BUCKETS
+from crystal_hpc.data.parts import unit_name
 from crystal_hpc.data.tokenizer import Tokenizer
+from crystal_hpc.data.units import shown
 from crystal_hpc.data.work import SECONDS_BETWEEN_LOOKS, claimed
-from crystal_hpc.data.worker import LOCKS, PARTS, Worker, remove_parts
+from crystal_hpc.data.worker import LOCKS, PARTS, Worker, beside, remove_parts
 from crystal_hpc.errors import StoreError
 from crystal_hpc.files import PENDING, disk_errors, make_folder, read_json, remove_folder, write_json
 from crystal_hpc.progress import Progress
@@ -43,6 +48,7 @@ SHARD_TOKENS = 1 << 28
 UNIT_BYTES = 4 << 20, 128 << 20  # the smallest and the largest unit of work
 SAMPLE_CHARACTERS = 100_000  # of each of so many units, on which engines are compared
 SAMPLE_UNITS = 8
+SAMPLE_RECORDS = 10_000
 
 # What must be the same for a build to be continued, with the words to say so.
 _MUST_AGREE = {
@@ -114,8 +120,8 @@ def build_store(
     Raises StoreError for a bad corpus or tokenizer, and when `out` holds a store from another corpus or other settings
     (`fresh` deletes that first); DiskError when the disk refuses.
     """
-    options = options or Options()
-    _check(options)
+    options, out = options or Options(), Path(os.path.abspath(out))
+    _check(inputs, out, options)
 
     def watch(what: str, done: int, total: int, note: str = "") -> None:
         if should_stop and should_stop():
@@ -156,9 +162,12 @@ def _begin(
                 old = _found(out, plan)
                 if old and (finished := _finished(out)):
                     return finished
-                (out / STORE_FILE).unlink(missing_ok=True)  # of a store that has lost a shard
-                proof = old.get("engine") or asdict(encoder.choose_engine(options.engine, [*_samples(units, options)]))
-                write_json(out / BUILD_FILE, {**old, **plan, "engine": proof})
+                with claimed(locks / "finishing.lock") as nobody_finishes:
+                    if old and nobody_finishes and not _finished(out):
+                        (out / STORE_FILE).unlink(missing_ok=True)  # of a store that has lost a shard
+                if old.get("most_rejected") != options.most_rejected:  # the only thing that may change
+                    proof = asdict(encoder.choose_engine(options.engine, [*_samples(units, options)]))
+                    write_json(out / BUILD_FILE, {**old, **plan, "engine": old.get("engine", proof)})
                 return None
         watch("beginning", 0, 1)
         time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -178,6 +187,8 @@ def help_build(out: Path, tokenizer: Path) -> None:
             raise Stopped
 
     units = list_units([Path(path) for path in plan["paths"]], unit_bytes=plan["unit_bytes"], format=plan["kind"])
+    if _units_digest(units) != plan["units"]:
+        return  # files have come or gone since
     with contextlib.suppress(Stopped, StoreError):  # what is wrong, the one that began finds out for itself
         Worker(out, encoder, units, (0, 1), watch).run()
 
@@ -210,7 +221,16 @@ def _helpers(out: Path, tokenizer: Path, count: int) -> Iterator[Callable[[], No
             helper.communicate()
 
 
-def _check(options: Options) -> None:
+def _check(inputs: Sequence[Path], out: Path, options: Options) -> None:
+    for path in inputs:
+        if Path(path).is_dir() and Path(path).resolve() in (out / "x").resolve().parents:
+            raise StoreError(f"{out}: lies in the corpus folder {path}, and would become a part of it; build elsewhere")
+    if not 0 <= options.most_rejected <= 1:
+        raise StoreError(f"a share of {options.most_rejected:g} rejected records makes no sense: from 0 to 1")
+    if options.held_out and not round(options.held_out * BUCKETS):
+        raise StoreError(
+            f"a held-out share of {options.held_out:g} holds nothing out: choose {1 / BUCKETS:.6f} or more"
+        )
     if options.shard_tokens < 1:
         raise StoreError(f"a shard of {options.shard_tokens} tokens is too small; the default is {SHARD_TOKENS}")
     if not 0 <= options.seed < 2**64:
@@ -247,16 +267,21 @@ def _plan(
         "most_rejected": options.most_rejected,
         "kind": options.format,
         "unit_bytes": _unit_bytes(inputs, options),
-        "paths": sorted(str(Path(path).resolve()) for path in inputs),
+        "paths": sorted(os.path.abspath(path) for path in inputs),
+        "units": _units_digest(units),
         "inputs": {**files, **texts},
     }
+
+
+def _units_digest(units: Sequence[Unit]) -> str:
+    return xxhash.xxh3_128_hexdigest("".join(map(unit_name, units)).encode())
 
 
 def _samples(units: Sequence[Unit], options: Options) -> Iterator[str]:
     """Some documents from different places of the corpus."""
     for unit in units[:: max(1, len(units) // SAMPLE_UNITS)]:
         left = SAMPLE_CHARACTERS
-        for item, _ in read_unit(unit, options.fields, longest=options.longest):
+        for item, _ in islice(read_unit(unit, options.fields, longest=options.longest), SAMPLE_RECORDS):
             if isinstance(item, Document):
                 yield item.text[:left]
                 left -= len(item.text)
@@ -271,8 +296,10 @@ def _found(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
         old = read_json(out / BUILD_FILE)
         pairs = {words: (old[key], plan[key]) for key, words in _MUST_AGREE.items()}
     except FileNotFoundError:
-        if (out / STORE_FILE).exists():
-            raise StoreError(f"{out}: holds a store without its {BUILD_FILE}; {remedy}") from None
+        for folder in (out, beside(out)) if plan["held_out"] else (out,):
+            if (folder / STORE_FILE).exists() or next(folder.glob("shard-*.h5"), None):
+                said = f"{folder}: holds a store, or shards of one, that is not of this build"
+                raise StoreError(f"{said}; choose another name, or delete that folder") from None
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{out / BUILD_FILE}: not a build plan of this version ({error!r}); {remedy}") from error
@@ -287,13 +314,16 @@ def _difference(words: str, was: Any, now: Any) -> str:
     if not isinstance(was, dict):
         return f"{words} {was}, not {now}"
     changed = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
-    return f"other {words} ({changed[0]}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''})"
+    return f"other {words} ({shown(changed[0])}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''})"
 
 
 def _finished(out: Path) -> StoreInfo | None:
     """The store at `out` if it is complete."""
     with contextlib.suppress(StoreError):  # half-written, or a shard was deleted: go on building
         info = read_store_info(out)
+        with contextlib.suppress(OSError, KeyError, TypeError, ValueError):  # no account: a copied store
+            if read_json(out / BUILD_FILE)["accounts"]["held_out"]["documents"]:
+                read_store_info(beside(out))
         remove_folder(out / PARTS)  # of a run that was killed in its last moment
         return info
     return None
@@ -301,9 +331,8 @@ def _finished(out: Path) -> StoreInfo | None:
 
 def _remove_store(out: Path) -> None:
     """Deletes a store and its held-out one, markers first; other files in the folders stay."""
-    beside = out.with_name(out.name + HELD_OUT)
-    ours = beside.exists() and (beside / BUILD_FILE).exists() and "held_out_of" in read_json(beside / BUILD_FILE)
-    for folder in (out, beside) if ours else (out,):
+    ours = (beside(out) / BUILD_FILE).exists() and "held_out_of" in read_json(beside(out) / BUILD_FILE)
+    for folder in (out, beside(out)) if ours else (out,):
         with disk_errors(folder):
             for pattern in (STORE_FILE, "shard-*.h5", "rejected.jsonl", f"*{PENDING}", BUILD_FILE):
                 for path in folder.glob(pattern):

@@ -109,7 +109,8 @@ class _Corpus:
             passed = int(ends[here] - tokens[here])
             before = int(after[bucket] - weights[first + bucket])
             place = np.searchsorted(ends, target - before + passed, "right")
-            if before or place > here:  # else it is the very first document of the store
+            # The very first text of the store begins no second shard, however often it is repeated.
+            if before or (keys[place] != keys[here]).any():
                 found.add((int(keys[place, 0]), int(keys[place, 1])))
         return sorted(found)
 

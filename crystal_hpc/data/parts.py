@@ -23,6 +23,8 @@ from crystal_hpc.errors import StoreError
 from crystal_hpc.files import read_json, write_json
 
 PART_TOKENS = 32 << 20  # in a part: what is held in memory
+PART_DOCUMENTS = 1 << 20  # likewise
+BATCH_DOCUMENTS = 1 << 14
 BATCH_CHARACTERS = 4_000_000  # handed to the tokenizer at a time: soon done when asked to stop
 PIECE_CHARACTERS = 16_000_000  # a longer text is encoded in pieces: engines need many times its size
 NO_TOKENS = "no tokens"
@@ -145,7 +147,7 @@ class _Part:
 
     @property
     def is_full(self) -> bool:
-        return self.account.tokens >= PART_TOKENS
+        return self.account.tokens >= PART_TOKENS or self.account.documents >= PART_DOCUMENTS
 
     def add(self, item: Document | Rejected, read: int) -> bool:
         """Takes in a record, `read` bytes into the unit; whether a batch of them was encoded for it."""
@@ -156,7 +158,7 @@ class _Part:
             return False
         self._batch.append(item)
         self._characters += len(item.text)
-        if self._characters < BATCH_CHARACTERS:
+        if self._characters < BATCH_CHARACTERS and len(self._batch) < BATCH_DOCUMENTS:
             return False
         self._encode()
         return True

@@ -169,4 +169,4 @@ def parse_file(content: bytes, name: str) -> Document | str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return NOT_UTF8
-    return fault_of_text(text) or Document(text, id=name, path=name)
+    return fault_of_text(text) or Document(text, path=name)

@@ -98,8 +98,8 @@ class Tokenizer:
         """Encodes with the engine of that name from now on, or with the fastest that proves identical on the samples.
 
         Without this call, the fastest on the hostile strings of `data.engine`. Raises StoreError."""
-        self._engines[False], proof = engine.named(self._value, name, samples, self._reference)
-        self._engines.pop(True, None)
+        chosen, proof = engine.named(self._value, name, samples, self._reference)
+        self._engines = {False: chosen}
         return proof
 
     def use_engine(self, recorded: str) -> None:
@@ -109,8 +109,10 @@ class Tokenizer:
 
     def _engine(self, inside: bool) -> engine.Engine:
         if inside not in self._engines:
-            value, reference = (engine.for_inside(self._value), None) if inside else (self._value, self._reference)
-            self._engines[inside] = engine.fastest(value, reference=reference)[0]
+            value = engine.for_inside(self._value) if inside else self._value
+            reference = engine.Tokenizers(value) if inside else self._reference
+            refused = inside and self._engine(False) is self._reference  # asked for, or the only one that is right
+            self._engines[inside] = reference if refused else engine.fastest(value, reference=reference)[0]
         return self._engines[inside]
 
     def _first_id(self, names: Sequence[str], what: str, where: str) -> int:

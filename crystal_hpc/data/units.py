@@ -25,6 +25,7 @@ ACCEPTED = (
 
 # Names that make a folder one of data files. Compressions that are not read are here too, so as not to be overlooked.
 _DATA_NAME = re.compile(r"\.(jsonl|ndjson)(\.(gz|zst|bz2|xz|zip))?$|\.json\.(gz|zst|bz2|xz|zip)$|\.parquet$", re.I)
+_LIKE_DATA = re.compile(r"\.(jsonl|ndjson|json|parquet)(\.\w+)?$|\.(csv|tsv|arrow|lz4|zstd)$", re.I)
 _LINES_NAME = re.compile(r"\.(jsonl|ndjson|json)(\.\w+)?$", re.I)
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # a frame of notes, with which some writers begin
@@ -105,6 +106,11 @@ def shown(path: Path | str) -> str:
 
 def _find(path: Path, format: str | None) -> Iterator[_Found]:
     """The files that an input stands for."""
+    try:
+        path.lstat()
+    except OSError as error:
+        said = "no such corpus file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise StoreError(f"{shown(path)}: {said}") from error
     if not path.exists():
         raise StoreError(f"{shown(path)}: no such corpus file")
     whole = path.resolve()
@@ -115,6 +121,10 @@ def _find(path: Path, format: str | None) -> Iterator[_Found]:
     wanted = [name for name in names if _DATA_NAME.search(name)]
     if not wanted and names and all(name.lower().endswith(".json") for name in names):
         wanted = names
+    odd = [name for name in names if name not in wanted and _LIKE_DATA.search(name)]
+    if format is None and odd and (wanted or len(odd) < len(names)):
+        said = f"holds {shown(odd[0])}{f' and {len(odd) - 1} more like it' if len(odd) > 1 else ''} beside other files"
+        raise StoreError(f"{shown(path)}: {said}: is that data? Name the files that are, or say --format")
     if format == "text" or (format is None and not wanted):
         wanted, format = names, "text"
     if not wanted:

@@ -74,11 +74,12 @@ def share(
 
 def place_among_tasks(environ: Mapping[str, str]) -> tuple[int, int]:
     """This process's number and their count: ranks of mpiexec or srun, or the tasks of a Slurm array; else (0, 1)."""
-    for number, count in (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
-        if number in environ:
-            return int(environ[number]), int(environ[count])
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or 1) if "SLURM_PROCID" in environ else 1
-    rank = int(environ.get("SLURM_PROCID", 0)) if tasks > 1 else 0
+    rank, tasks = 0, 1
+    launchers = ("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+    for number, count in (*launchers, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if environ.get(number) and environ.get(count):
+            rank, tasks = int(environ[number]), int(environ[count])
+            break
     elements = int(environ.get("SLURM_ARRAY_TASK_COUNT", 1))
     element = int(environ.get("SLURM_ARRAY_TASK_ID", 0)) - int(environ.get("SLURM_ARRAY_TASK_MIN", 0))
     step = int(environ.get("SLURM_ARRAY_TASK_STEP", 1))

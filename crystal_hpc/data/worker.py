@@ -38,6 +38,7 @@ from crystal_hpc.progress import Progress
 PARTS = "parts"  # the folder of what is only needed until the store is complete
 LOCKS = "locks"  # in it
 DIVISION = "division.npz"
+ACCOUNTS = "accounts.json"
 REJECTED_FILE = "rejected.jsonl"
 REPEATED = "id seen before"
 
@@ -45,6 +46,11 @@ REPEATED = "id seen before"
 def remove_parts(out: Path) -> None:
     """Deletes what was only needed until the store at `out` was complete."""
     remove_folder(out / PARTS)
+
+
+def beside(out: Path) -> Path:
+    """The folder of the held-out store of the store at `out`."""
+    return out.with_name(out.name + HELD_OUT)
 
 
 class Worker:
@@ -122,6 +128,8 @@ class Worker:
         repeated = _count_repeated(parts, division, account.rejections)
         _write_rejected(self.out / REJECTED_FILE, account.rejections)
         account.rejections.check(self.plan["most_rejected"], account.documents - repeated["documents"])
+        if self.plan["held_out"] and not division.held_out:
+            raise StoreError(f"none of {account.documents} documents would be held out; hold out a larger share")
         if division.shards == division.held_out:
             raise StoreError(f"all {account.documents} documents would be held out; hold out a smaller share")
         accounts = {
@@ -132,16 +140,13 @@ class Worker:
             "duplicate_ids": repeated,
         }
         shards = division.shards - division.held_out
-        write_json(self.out / BUILD_FILE, self.plan | {"shards": shards, "accounts": accounts})
+        write_json(self.out / BUILD_FILE, self.plan | {"shards": shards})
+        write_json(self._parts / ACCOUNTS, accounts)
         if division.held_out:
-            beside = make_folder(self._beside)
-            write_json(beside / BUILD_FILE, {"held_out_of": str(self.out.resolve()), "shards": division.held_out})
+            folder = make_folder(beside(self.out))
+            write_json(folder / BUILD_FILE, {"held_out_of": str(self.out), "shards": division.held_out})
         with replaced(self._parts / DIVISION) as pending:
             division.save(pending)
-
-    @property
-    def _beside(self) -> Path:
-        return self.out.with_name(self.out.resolve().name + HELD_OUT)
 
     def _merge(self) -> None:
         division = Division.load(self._parts / DIVISION)
@@ -166,7 +171,7 @@ class Worker:
     def _shard(self, number: int, division: Division) -> Path:
         """Where a shard of the division belongs."""
         if number < division.held_out:
-            return self._beside / shard_name(number)
+            return beside(self.out) / shard_name(number)
         return self.out / shard_name(number - division.held_out)
 
     def _attributes(self, number: int, division: Division) -> dict[str, int | str]:
@@ -187,18 +192,18 @@ class Worker:
         """Writes store.json, which makes the store one, after that of the held-out store; then the parts can go."""
         division = Division.load(self._parts / DIVISION)
         infos = [read_shard_info(self._shard(number, division)) for number in range(division.shards)]
-        plan = read_json(self.out / BUILD_FILE)
-        rejected = plan["accounts"]["rejected"]
-        if repeated := plan["accounts"]["duplicate_ids"]["documents"]:
+        accounts = read_json(self._parts / ACCOUNTS)
+        rejected = accounts["rejected"]
+        if repeated := accounts["duplicate_ids"]["documents"]:
             rejected = dict(sorted({**rejected, REPEATED: repeated}.items()))
         held_out, training = infos[: division.held_out], infos[division.held_out :]
-        plan["accounts"]["held_out"] = {
+        accounts["held_out"] = {
             "documents": sum(shard.documents for shard in held_out),
             "tokens": sum(shard.tokens for shard in held_out),
         }
-        write_json(self.out / BUILD_FILE, plan)
+        write_json(self.out / BUILD_FILE, read_json(self.out / BUILD_FILE) | {"accounts": accounts})
         if held_out:
-            write_json(self._beside / STORE_FILE, self._info(self._beside, held_out, {}).as_json())
+            write_json(beside(self.out) / STORE_FILE, self._info(beside(self.out), held_out, {}).as_json())
         write_json(self.out / STORE_FILE, self._info(self.out, training, rejected).as_json())
         for stale in self.out.glob(f"*{PENDING}"):  # of runs that were killed
             stale.unlink(missing_ok=True)

@@ -347,7 +347,7 @@ def test_a_plan_that_is_missing_or_broken_is_refused(build: Build) -> None:
     with pytest.raises(StoreError, match="not a build plan"):
         build()
     (info.folder / "build.json").unlink()
-    with pytest.raises(StoreError, match="a store without its build.json"):
+    with pytest.raises(StoreError, match="holds a store, or shards of one, that is not of this build"):
         build()
 
 
@@ -388,6 +388,9 @@ def test_nonsense_is_refused_before_anything_is_written(tmp_path: Path, corpus: 
         ([corpus], tokenizer_folder, {"shard_tokens": 0}),
         ([corpus], tokenizer_folder, {"seed": -1}),
         ([corpus], tokenizer_folder, {"held_out": 1.0}),
+        ([corpus], tokenizer_folder, {"held_out": 1e-6}),
+        ([corpus], tokenizer_folder, {"most_rejected": -1}),
+        ([tmp_path], tokenizer_folder, {}),  # the store would lie in its own corpus
         ([corpus], tmp_path / "no.json", {}),
         ([tmp_path / "no.jsonl"], tokenizer_folder, {}),
         ([], tokenizer_folder, {}),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -142,6 +143,72 @@ def test_held_out_documents_go_into_a_store_of_their_own_and_stay_there_as_the_c
         assert account["tokens"] == info.tokens + beside.tokens
     assert not sides["more"][0] & sides["more"][1] and len(sides["more"][0] | sides["more"][1]) == 100
     assert sides["less"][1] <= sides["more"][1]
+
+
+def test_what_an_earlier_build_left_is_not_taken_for_this_ones(
+    write: Write, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    records = [{"text": make_text(n)} for n in range(60)]
+    out, beside = tmp_path / "store", tmp_path / "store-held-out"
+    built([write(records)], out, tokenizer_folder, held_out=0.3)
+    shutil.rmtree(out)  # but not the other
+    other = write(records[30:], "other.jsonl")
+    with pytest.raises(StoreError, match="store-held-out: holds a store, or shards of one, that is not of this build"):
+        built([other], out, tokenizer_folder, held_out=0.3)
+    shutil.rmtree(beside)
+    built([other], beside, tokenizer_folder)  # a store of its own under that name
+    before = {path.name: path.read_bytes() for path in beside.iterdir()}
+    with pytest.raises(StoreError, match="store-held-out: holds a store"):
+        built([other], out, tokenizer_folder, held_out=0.3)
+    assert {path.name: path.read_bytes() for path in beside.iterdir()} == before
+
+
+def test_a_held_out_store_that_is_lost_is_built_again(write: Write, tmp_path: Path, tokenizer_folder: Path) -> None:
+    path, out = write([{"text": make_text(n)} for n in range(60)]), tmp_path / "store"
+    built([path], out, tokenizer_folder, held_out=0.3)
+    beside = tmp_path / "store-held-out"
+    before = {path.name: path.read_bytes() for path in beside.iterdir()}
+    shutil.rmtree(beside)
+    built([path], out, tokenizer_folder, held_out=0.3)
+    assert {path.name: path.read_bytes() for path in beside.iterdir()} == before
+
+
+def test_one_text_repeated_past_a_shard_is_one_shard(write: Write, tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = write([{"text": make_text(1)}] * 30)
+    info = built([path], tmp_path / "store", tokenizer_folder, shard_tokens=20)
+    assert info.documents == 30 and len(info.shards) == 1
+
+
+def test_links_to_text_files_give_the_same_store_with_any_number_of_workers(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    (tmp_path / "real").mkdir()
+    links = []
+    for number in range(6):
+        (tmp_path / "real" / f"blob{number}").write_text(make_text(number), encoding="utf-8")
+        links.append(tmp_path / f"name{number}.txt")
+        links[-1].symlink_to(tmp_path / "real" / f"blob{number}")
+    digests = set()
+    for workers in (1, 3):
+        options = Options(format="text", name="s")
+        info = build_store(links, tmp_path / f"s{workers}", tokenizer_folder, options, workers=workers)
+        assert info is not None and {said["path"] for said in infos(info)} == {f"name{n}.txt" for n in range(6)}
+        digests.add(info.digest)
+    assert len(digests) == 1
+
+
+def test_text_files_of_the_same_name_in_two_folders_are_two_documents(tmp_path: Path, tokenizer_folder: Path) -> None:
+    for number, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.txt").write_text(make_text(number), encoding="utf-8")
+    assert built([tmp_path / "a", tmp_path / "b"], tmp_path / "s", tokenizer_folder).documents == 2
+
+
+def test_a_refused_engine_is_refused_for_the_later_pieces_of_long_texts_too(crystal_tokenizer: Path) -> None:
+    tokenizer = Tokenizer.load(crystal_tokenizer)
+    assert tokenizer._engine(True).name.startswith("gigatoken")
+    tokenizer.choose_engine("tokenizers")
+    assert tokenizer._engine(True).name.startswith("tokenizers")
 
 
 def test_very_long_texts_are_encoded_in_pieces_that_make_no_difference(

@@ -64,14 +64,23 @@ def test_a_folder_of_text_files_is_a_document_each(tmp_path: Path) -> None:
     for unit_bytes in (1, 1000):
         found = read(tmp_path, unit_bytes=unit_bytes)
         assert [one for one in found if isinstance(one, Rejected)] == [Rejected("not UTF-8", "file z", "�")]
-        assert Document("b", "sub/b.txt", "", "sub/b.txt") in found and len(found) == 4
-        assert Document("odd", "\\xff.txt", "", "\\xff.txt") in found
+        assert Document("b", path="sub/b.txt") in found and len(found) == 4
+        assert Document("odd", path="\\xff.txt") in found
 
 
 def test_a_folder_with_data_files_yields_those_alone(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("about")
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     assert read(tmp_path) == [Document("a")]
+
+
+@pytest.mark.parametrize("name", ["b.json", "b.jsonl.lz4", "b.csv", "b.parquet.tmp", "b.jsonl.zstd"])
+def test_what_looks_like_data_in_a_folder_of_data_is_not_passed_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    (tmp_path / name).write_text('{"text": "b"}')
+    with pytest.raises(StoreError, match=f"holds {name} beside other files: is that data"):
+        list_units([tmp_path])
+    assert read(tmp_path / "a.jsonl") == [Document("a")]
 
 
 def test_what_cannot_be_read_is_one_line_that_names_the_file(tmp_path: Path) -> None:
@@ -89,6 +98,6 @@ def test_what_cannot_be_read_is_one_line_that_names_the_file(tmp_path: Path) -> 
         with pytest.raises(StoreError, match=said) as caught:
             list_units([tmp_path / name])
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
-    assert read(tmp_path / "a.txt", format="text") == [Document("words", "a.txt", "", "a.txt")]
+    assert read(tmp_path / "a.txt", format="text") == [Document("words", path="a.txt")]
     (tmp_path / "unnamed").write_text(' {"text": "a"}')
     assert read(tmp_path / "unnamed") == [Document("a")]

@@ -28,6 +28,8 @@ REPOSITORY = Path(__file__).parents[2]
           "SLURM_ARRAY_TASK_STEP": "2"}, (3, 4)),
         ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0",
           "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}, (6, 8)),
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16", "SLURM_ARRAY_TASK_MIN": "0",
+          "PMI_RANK": "1", "PMI_SIZE": "2"}, (7, 32)),
         ({"SLURM_ARRAY_TASK_ID": "90", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "1"}, (1, 2)),  # 1,90
     ],
 )  # fmt: skip
