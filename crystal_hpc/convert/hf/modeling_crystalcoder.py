@@ -247,15 +247,16 @@ class CrystalCoderForCausalLM(CrystalCoderPreTrainedModel, GenerationMixin):  # 
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (B, T, vocabulary) after each token; the loss is the mean over `labels` (B, T) that are not -100.
 
-        `logits_to_keep`: how many of the last positions to compute logits for, or which; 0 is all.
+        `logits_to_keep`: how many of the last positions to compute logits for, or which; 0 is all. `cache` is what
+        Transformers from 5.24 on calls `past_key_values` when it generates.
         """
-        output = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **others
-        )
+        past = past_key_values if past_key_values is not None else cache
+        output = self.transformer(input_ids, attention_mask, position_ids, past, inputs_embeds, use_cache, **others)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
         logits = logits * (self.config.mup_output_alpha * self.config.mup_width_scale)
