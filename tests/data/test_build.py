@@ -381,21 +381,3 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path, corpus: Path, token
     info = build_store([corpus], tmp_path / "store", tmp_path)
     assert info is not None and info.dtype == "uint32"
     assert TokenStore(info).read(0, 10).dtype == np.uint32
-
-
-def test_nonsense_is_refused_before_anything_is_written(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
-    attempts: list[tuple[list[Path], Path, dict[str, Any]]] = [
-        ([corpus], tokenizer_folder, {"shard_tokens": 0}),
-        ([corpus], tokenizer_folder, {"seed": -1}),
-        ([corpus], tokenizer_folder, {"held_out": 1.0}),
-        ([corpus], tokenizer_folder, {"held_out": 1e-6}),
-        ([corpus], tokenizer_folder, {"most_rejected": -1}),
-        ([tmp_path], tokenizer_folder, {}),  # the store would lie in its own corpus
-        ([corpus], tmp_path / "no.json", {}),
-        ([tmp_path / "no.jsonl"], tokenizer_folder, {}),
-        ([], tokenizer_folder, {}),
-    ]
-    for inputs, tokenizer, options in attempts:
-        with pytest.raises(StoreError):
-            build_store(inputs, tmp_path / "out", tokenizer, Options(**options))
-    assert not (tmp_path / "out").exists()

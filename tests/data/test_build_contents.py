@@ -262,6 +262,24 @@ def test_every_format_gives_the_same_store(tmp_path: Path, texts: list[str], tok
     assert len(stores) == 1
 
 
+def test_nonsense_is_refused_before_anything_is_written(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    attempts: list[tuple[list[Path], Path, dict[str, Any]]] = [
+        ([corpus], tokenizer_folder, {"shard_tokens": 0}),
+        ([corpus], tokenizer_folder, {"seed": -1}),
+        ([corpus], tokenizer_folder, {"held_out": 1.0}),
+        ([corpus], tokenizer_folder, {"held_out": 1e-6}),
+        ([corpus], tokenizer_folder, {"most_rejected": -1}),
+        ([tmp_path], tokenizer_folder, {}),  # the store would lie in its own corpus
+        ([corpus], tmp_path / "no.json", {}),
+        ([tmp_path / "no.jsonl"], tokenizer_folder, {}),
+        ([], tokenizer_folder, {}),
+    ]
+    for inputs, tokenizer, options in attempts:
+        with pytest.raises(StoreError):
+            build_store(inputs, tmp_path / "out", tokenizer, Options(**options))
+    assert not (tmp_path / "out").exists()
+
+
 def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
