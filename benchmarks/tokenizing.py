@@ -87,7 +87,7 @@ def _make_corpus(folder: Path, megabytes: int) -> Path:
     lines = [path.read_bytes().split(b"\n") for path in sorted(folder.glob("harvest/*.jsonl"), reverse=True)]
     texts = [json.loads(line)["text"] for several in lines for line in several if line]
     left, copy = megabytes * 1_000_000, 0
-    files = [open(folder / f"part-{number}.jsonl", "w") for number in range(FILES)]  # noqa: SIM115
+    files = [open(folder / f"part-{number}.jsonl", "w") for number in range(FILES)]  # noqa: SIM115 (closed below, all at once)
     while left > 0:
         for number, text in enumerate(f"copy {copy}\n{text}" if copy else text for text in texts):
             if "\0" not in text and left > 0:  # which we reject
@@ -168,11 +168,11 @@ def _measure(name: str, place: Path, corpus: Path) -> Figures:
     kind, _, size = name.rpartition(" ") if name.startswith(LOOP) else (name, "", "0")
     run = {OURS: _ours, LOOP: _loop(int(size)), POOL: _pool, DATATROVE: _datatrove}[kind]
     if name.startswith("megatron"):
-        import megatron.core.datasets.indexed_dataset  # noqa: F401
+        import megatron.core.datasets.indexed_dataset  # noqa: F401 (is it there?)
     if name == DATATROVE:
         import datatrove.executor
         import datatrove.pipeline.readers
-        import datatrove.pipeline.tokens  # noqa: F401
+        import datatrove.pipeline.tokens  # noqa: F401 (is it there?)
     busy, started = _processor_time(), time.perf_counter()
     extra = run(files, place)
     wall = time.perf_counter() - started

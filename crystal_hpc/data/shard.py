@@ -73,7 +73,7 @@ class Documents:
 
 def block_digests(tokens: Tokens) -> npt.NDArray[np.uint8]:
     """uint8 (blocks, 16): the xxh3_128 of every block of a shard's token bytes."""
-    data = memoryview(np.ascontiguousarray(tokens).view(np.uint8))  # type: ignore[arg-type]
+    data = np.ascontiguousarray(tokens).view(np.uint8).data
     digest = xxhash.xxh3_128_digest
     digests = [digest(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
@@ -122,7 +122,7 @@ def lay_out(path: Path, arrays: Mapping[str, npt.NDArray[Any]], attributes: Mapp
 
 
 def _write_at(descriptor: int, array: npt.NDArray[Any], place: int) -> None:
-    data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done : done + PIECE], place + done)

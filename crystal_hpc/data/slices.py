@@ -220,7 +220,7 @@ class SliceFile:
     def _part(self, name: str, number: int, count: int) -> npt.NDArray[Any]:
         at, kind, shape = self._about[name]
         array = np.empty((count, *shape), kind)
-        into, done = memoryview(array.reshape(-1).view(np.uint8)), 0  # type: ignore[arg-type]
+        into, done = array.reshape(-1).view(np.uint8).data, 0
         while done < array.nbytes:
             found = os.preadv(self._descriptor, [into[done:]], at + number * array.nbytes + done)
             if found == 0:

@@ -280,8 +280,7 @@ def test_a_stop_is_clean_and_the_next_run_goes_on(
     out = tmp_path / "stopped" / "store"
     asked = iter([False] * 9 + [True])
     options = Options(shard_tokens=SHARD, most_rejected=0.1)
-    stop = lambda: next(asked, False)  # noqa: E731
-    assert build_store(corpus_files, out, tokenizer_folder, options, should_stop=stop) is None
+    assert build_store(corpus_files, out, tokenizer_folder, options, should_stop=lambda: next(asked, False)) is None
     assert not (out / "store.json").exists() and list((out / "parts").glob("*.h5"))
     assert not list(out.rglob("*.pending"))
     assert build_store(corpus_files, out, tokenizer_folder, options) is not None

@@ -257,7 +257,11 @@ def test_a_line_without_end_is_skipped_without_being_held(tmp_path: Path) -> Non
         for _ in range(600):
             file.write(b"x" * MB)
         file.write(b'\n{"text": "last"}\n')
-    program = "for unit in list_units([path], unit_bytes=1 << 40):\n    for r, _ in read_unit(unit, Fields(), longest=1000):\n        print(getattr(r, 'reason', None) or r.text)\n"  # noqa: E501
+    program = (
+        "for unit in list_units([path], unit_bytes=1 << 40):\n"
+        "    for r, _ in read_unit(unit, Fields(), longest=1000):\n"
+        "        print(getattr(r, 'reason', None) or r.text)\n"
+    )
     assert limited(program, path, 500 * MB).splitlines() == ["first", "longer than 1000 bytes", "last"]
 
 
