@@ -46,3 +46,11 @@ def format_seconds(seconds: float) -> str:
         if seconds >= large:
             return f"{int(seconds // large)}{name} {int(seconds % large // small):02d}{subname}"
     raise AssertionError(seconds)
+
+
+def format_bytes(size: float) -> str:
+    """A size on disk in three significant digits: 92.1 GB, 4.33 MB, 960 B."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= 0.9995 * unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.0f} B"

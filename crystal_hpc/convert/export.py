@@ -11,7 +11,7 @@ from crystal_hpc.convert import weights
 from crystal_hpc.convert.verify import verify
 from crystal_hpc.errors import CheckpointError, RunError
 from crystal_hpc.progress import Progress
-from crystal_hpc.train.checkpoint import generations
+from crystal_hpc.train.generations import generations
 
 
 def export_run(
@@ -42,11 +42,10 @@ def find_checkpoint(folder: Path, run: Run, phase: str | None, step: int | None)
     wanted = [
         generation
         for generation in found
-        if (phase is None or generation.manifest["phase"] == phase)
-        and (step is None or generation.position.step == step)
+        if (phase is None or generation.manifest.phase == phase) and (step is None or generation.position.step == step)
     ]
     if not wanted:
-        there = ", ".join(f"{one.manifest['phase']} {one.position.step}" for one in found) or "none yet"
+        there = ", ".join(f"{one.manifest.phase} {one.position.step}" for one in found) or "none yet"
         raise CheckpointError(f"{folder}: no such checkpoint; there are: {there}")
     return wanted[-1].folder
 
