@@ -43,6 +43,7 @@ WITHOUT_TORCH = [
     "jobs.batch",
     "report.plan",
     "train.generations",
+    "train.retention",
 ]
 DATA_WITH_TORCH = {"data.batches"}
 

@@ -282,15 +282,25 @@ def quarantined(run_folder: Path) -> list[tuple[Path, str]]:
 
 
 def mark_verified(folder: Path, by: str) -> None:
-    """Notes that all bytes of a generation have been read back and compared; `by` says who did it."""
-    files.write_json(folder / VERIFIED, {"time": time.time(), "by": by})
+    """Notes that all bytes of a generation have been read back and compared; `by` says who did it.
+
+    Raises CheckpointError if it has been moved or deleted meanwhile, as `keep` does.
+    """
+    _write_note(folder / VERIFIED, {"time": time.time(), "by": by})
 
 
 def keep(folder: Path, name: str) -> None:
     """Keeps a generation until `unkeep`, whatever the rules say. Raises CheckpointError for a name unfit to be read."""
     if not re.fullmatch(r"[^\s\x00-\x1f\x7f]([^\x00-\x1f\x7f]{0,62}[^\s\x00-\x1f\x7f])?", name):
         raise CheckpointError(f"{name!r}: no name to keep a checkpoint by; use 1 to 64 characters on one line")
-    files.write_json(folder / KEPT, {"name": name, "time": time.time()})
+    _write_note(folder / KEPT, {"name": name, "time": time.time()})
+
+
+def _write_note(path: Path, note: dict[str, Any]) -> None:
+    try:
+        files.write_json(path, note)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: is no longer there") from None
 
 
 def unkeep(folder: Path) -> None:
