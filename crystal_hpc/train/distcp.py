@@ -35,17 +35,6 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from crystal_hpc import files
 from crystal_hpc.errors import CheckpointError
 
-_UNREADABLE = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    pickle.UnpicklingError,
-)
-
 METADATA = ".metadata"
 LARGEST_CHUNK = 64 << 20  # bytes; a reader has to load a chunk whole, however little of it it needs
 FOR_MEGATRON = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
