@@ -303,11 +303,20 @@ def _write_note(path: Path, note: dict[str, Any]) -> None:
         raise CheckpointError(f"{path.parent}: is no longer there") from None
 
 
+def unmark_verified(folder: Path) -> None:
+    """Takes back that a generation has been verified: its bytes have been found to be others since."""
+    _remove_note(folder / VERIFIED)
+
+
 def unkeep(folder: Path) -> None:
     """Takes the name from a generation, if it has one."""
-    with files.disk_errors(folder), contextlib.suppress(FileNotFoundError):
-        os.unlink(folder / KEPT)
-        files.fsync_path(folder)
+    _remove_note(folder / KEPT)
+
+
+def _remove_note(path: Path) -> None:
+    with files.disk_errors(path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+        files.fsync_path(path.parent)
 
 
 def pending(run_folder: Path) -> list[Path]:
