@@ -23,7 +23,7 @@ LAYERS = [
     {"train"},
     {"convert"},
     {"jobs", "report"},
-    {"cli", "cli_data", "cli_proof", "cli_stage", "demo", "drill"},
+    {"cli", "cli_checkpoints", "cli_data", "cli_proof", "cli_stage", "demo", "drill"},
 ]
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 80
@@ -42,7 +42,10 @@ WITHOUT_TORCH = [
     "jobs.probe",
     "jobs.batch",
     "report.plan",
+    "report.checkpoints",
+    "cli_checkpoints",
     "train.generations",
+    "train.retention",
 ]
 DATA_WITH_TORCH = {"data.batches"}
 

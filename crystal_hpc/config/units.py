@@ -48,9 +48,9 @@ def format_seconds(seconds: float) -> str:
     raise AssertionError(seconds)
 
 
-def format_bytes(size: float) -> str:
-    """A size on disk in three significant digits: 92.1 GB, 4.33 MB, 960 B."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= 0.9995 * unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{size:.0f} B"
+def format_bytes(count: float) -> str:
+    """A size in three significant digits and a decimal unit, as disks are sold: 92.1 GB, 640 bytes."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"

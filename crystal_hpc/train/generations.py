@@ -282,22 +282,41 @@ def quarantined(run_folder: Path) -> list[tuple[Path, str]]:
 
 
 def mark_verified(folder: Path, by: str) -> None:
-    """Notes that all bytes of a generation have been read back and compared; `by` says who did it."""
-    files.write_json(folder / VERIFIED, {"time": time.time(), "by": by})
+    """Notes that all bytes of a generation have been read back and compared; `by` says who did it.
+
+    Raises CheckpointError if it has been moved or deleted meanwhile, as `keep` does.
+    """
+    _write_note(folder / VERIFIED, {"time": time.time(), "by": by})
 
 
 def keep(folder: Path, name: str) -> None:
     """Keeps a generation until `unkeep`, whatever the rules say. Raises CheckpointError for a name unfit to be read."""
     if not re.fullmatch(r"[^\s\x00-\x1f\x7f]([^\x00-\x1f\x7f]{0,62}[^\s\x00-\x1f\x7f])?", name):
         raise CheckpointError(f"{name!r}: no name to keep a checkpoint by; use 1 to 64 characters on one line")
-    files.write_json(folder / KEPT, {"name": name, "time": time.time()})
+    _write_note(folder / KEPT, {"name": name, "time": time.time()})
+
+
+def _write_note(path: Path, note: dict[str, Any]) -> None:
+    try:
+        files.write_json(path, note)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: is no longer there") from None
+
+
+def unmark_verified(folder: Path) -> None:
+    """Takes back that a generation has been verified: its bytes have been found to be others since."""
+    _remove_note(folder / VERIFIED)
 
 
 def unkeep(folder: Path) -> None:
     """Takes the name from a generation, if it has one."""
-    with files.disk_errors(folder), contextlib.suppress(FileNotFoundError):
-        os.unlink(folder / KEPT)
-        files.fsync_path(folder)
+    _remove_note(folder / KEPT)
+
+
+def _remove_note(path: Path) -> None:
+    with files.disk_errors(path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+        files.fsync_path(path.parent)
 
 
 def pending(run_folder: Path) -> list[Path]:
