@@ -5,6 +5,7 @@ them down with all that Transformers wants beside them. In memory are one layer'
 whatever the size of the model. Megatron is not needed.
 """
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from crystal_hpc import files
 from crystal_hpc.config.schema import Run
-from crystal_hpc.convert import names
+from crystal_hpc.convert import formats, names
 from crystal_hpc.convert.reader import CheckpointReader
 from crystal_hpc.data.catalog import TOKENIZER_FILE
 from crystal_hpc.data.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ from crystal_hpc.errors import CheckpointError
 MARKER = "export.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MODEL_CODE = Path(__file__).parent / "hf"
-CODE_FILES = ("configuration_crystalcoder.py", "modeling_crystalcoder.py")
+FORMAT = formats.by_name("crystalcoder")
 SHARD_BYTES = 5 * 10**9
 
 Dtype = Literal["float32", "bfloat16"]
@@ -69,10 +70,10 @@ def export(
     or does not fit `run`, for a model that the format cannot express, for a tokenizer with more ids than the model,
     and when `out` exists, unless it is an export and `overwrite` is set; DiskError where the file system refuses.
     """
-    table = names.CRYSTALCODER
-    names.check_expressible(table, run.model)
+    shape = names.Shape(run.model, run.mup)
+    FORMAT.check(shape)
     reader = CheckpointReader(checkpoint, run)
-    entries = names.expand(table, run.model.layers)
+    entries = FORMAT.entries(shape)
     names.check_complete((entry.megatron for entry in entries), reader.names(), str(checkpoint))
     out = out.resolve()
     _check_destination(out, overwrite)
@@ -85,7 +86,7 @@ def export(
         with files.disk_errors(pending):
             _write_config(run, vocabulary, dtype, pending)
             _copy_tokenizer(tokenizer, vocabulary, pending)
-            files.write_json(pending / MARKER, _describe(reader, run, table, summary))
+            files.write_json(pending / MARKER, _describe(reader, run, summary))
         _commit(pending, out)
     except BaseException:
         files.remove_folder(pending)
@@ -125,14 +126,15 @@ def _write_weights(
 ) -> dict[str, Any]:
     """Writes the weight files and their index; returns the summary's numbers."""
     number_format: torch.dtype = getattr(torch, dtype)
-    shards = _plan_shards(reader, run, entries, number_format.itemsize, shard_bytes)
+    shape = names.Shape(run.model, run.mup)
+    shards = _plan_shards(reader, shape, entries, number_format.itemsize, shard_bytes)
     placed: dict[str, str] = {}
     elements = done = 0
     for index, shard in enumerate(shards):
         name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors: dict[str, Tensor] = {}
         for entry in shard:
-            for published, part in names.split(entry, run.model, reader.read(entry.megatron)):
+            for published, part in names.split(entry, shape, reader.read(entry.megatron)):
                 tensors[published] = part.to(number_format, memory_format=torch.contiguous_format, copy=True)
             done += 1
             if on_progress:
@@ -155,14 +157,13 @@ def _write_weights(
 
 
 def _plan_shards(
-    reader: CheckpointReader, run: Run, entries: list[names.Entry], itemsize: int, shard_bytes: int
+    reader: CheckpointReader, shape: names.Shape, entries: list[names.Entry], itemsize: int, shard_bytes: int
 ) -> list[list[names.Entry]]:
     """Entries in order, cut where the next one would make a file too large."""
     shards: list[list[names.Entry]] = [[]]
     size = 0
     for entry in entries:
-        shapes = entry.split(torch.empty(reader.shape(entry.megatron), device="meta"), run.model)
-        more = sum(part.numel() for part in shapes) * itemsize
+        more = sum(map(math.prod, names.published_sizes(entry, shape))) * itemsize
         if shards[-1] and size + more > shard_bytes:
             shards.append([])
             size = 0
@@ -185,15 +186,15 @@ def _save_shard(tensors: dict[str, Tensor], path: Path) -> None:
 def _write_config(run: Run, tokenizer: Tokenizer | None, dtype: Dtype, folder: Path) -> None:
     """config.json, generation_config.json, and the code they point to."""
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos} if tokenizer else {}
-    configuration, modeling = (name.removesuffix(".py") for name in CODE_FILES)
+    configuration, modeling = (name.removesuffix(".py") for name in FORMAT.code_files)
     config = {
-        "architectures": ["CrystalCoderForCausalLM"],
+        "architectures": [FORMAT.architecture],
         "auto_map": {
             "AutoConfig": f"{configuration}.CrystalCoderConfig",
             "AutoModel": f"{modeling}.CrystalCoderModel",
             "AutoModelForCausalLM": f"{modeling}.CrystalCoderForCausalLM",
         },
-        **names.published_config(run),
+        **FORMAT.published_config(run),
         "use_cache": True,
         "torch_dtype": dtype,
         "bos_token_id": None,
@@ -202,7 +203,7 @@ def _write_config(run: Run, tokenizer: Tokenizer | None, dtype: Dtype, folder: P
     }
     files.write_json(folder / "config.json", config)
     files.write_json(folder / "generation_config.json", {**ends, "pad_token_id": tokenizer.eos} if tokenizer else {})
-    for name in CODE_FILES:
+    for name in FORMAT.code_files:
         shutil.copyfile(MODEL_CODE / name, folder / name)
 
 
@@ -218,10 +219,10 @@ def _copy_tokenizer(path: Path | None, tokenizer: Tokenizer | None, folder: Path
     files.write_json(folder / TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast", **ends})
 
 
-def _describe(reader: CheckpointReader, run: Run, table: names.Table, summary: dict[str, Any]) -> dict[str, Any]:
+def _describe(reader: CheckpointReader, run: Run, summary: dict[str, Any]) -> dict[str, Any]:
     """The marker: what the export was made from."""
     origin = {key: reader.manifest.get(key) for key in ("phase", "step", "tokens", "digest")}
-    return {"format": table.name, "run": run.name, **origin, **summary}
+    return {"format": FORMAT.title, "run": run.name, **origin, **summary}
 
 
 def _commit(pending: Path, out: Path) -> None:
