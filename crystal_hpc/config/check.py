@@ -72,6 +72,9 @@ def _phase_problems(run: Run, phase: Phase) -> Iterator[str]:
         yield f"mixture: the weights sum to {total:g}, not 1"
     if phase.batch_size % run.parallel.micro_batch:
         yield f"batch_size: {phase.batch_size} is not a multiple of parallel.micro_batch = {run.parallel.micro_batch}"
+    if phase.keep_every and phase.keep_every % (phase.checkpoint_every or phase.keep_every + 1):
+        made = phase.checkpoint_every or "not set"
+        yield f"keep_every: {phase.keep_every} is not a multiple of checkpoint_every, which is {made}"
     if phase.learning_rate.end > phase.learning_rate.peak:
         yield f"learning_rate.end: {phase.learning_rate.end:g} is above the peak {phase.learning_rate.peak:g}"
     if phase.steps or phase.tokens:

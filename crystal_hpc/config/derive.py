@@ -129,8 +129,10 @@ def micro_batches(run: Run, phase: Phase, ranks: int) -> int:
 def run_digest(run: Run) -> str:
     """Identity of what is trained.
 
-    Leaves out the parallel layout, which may change between attempts, and where the data lie, which is checked by
-    content (plan.json keeps the stores' digests).
+    Leaves out the parallel layout and the keeping of checkpoints, which may change between attempts, and where data and
+    first weights lie (plan.json keeps the stores' digests).
     """
-    content = run.model_dump(mode="json", exclude={"parallel", "data"})
+    content = run.model_dump(mode="json", exclude={"parallel", "data", "checkpoints", "start_from"})
+    for phase in content["phases"]:
+        del phase["checkpoint_every"], phase["keep_every"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

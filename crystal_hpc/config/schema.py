@@ -177,7 +177,22 @@ class Phase(Strict):
     optimizer_state: Literal["carry", "fresh"] = "carry"
     """Whether Adam's moments come along from the phase before."""
     checkpoint_every: Positive | None = None
-    """Steps between checkpoints; the end of the phase is always kept."""
+    """Steps between checkpoints; one is always made at the end of the phase."""
+    keep_every: Positive | None = None
+    """Checkpoints of each so many steps are kept for good, as the end of the phase is; a multiple of
+    `checkpoint_every`."""
+
+
+class Checkpoints(Strict):
+    """When the state is saved, beside `checkpoint_every` and the ends of phases, and how much of it is kept."""
+
+    every: Seconds | None = None
+    """Time between checkpoints (30min), whatever the number of steps."""
+    asynchronous: bool = True
+    """Whether training goes on while a periodic checkpoint is written, from a copy of the state in memory."""
+    keep_last: Positive = 3
+    """Periodic checkpoints to keep, the newest ones. Ends of phases, `keep_every` and those kept by name come on top; a
+    save on preemption or at the time limit is deleted when a newer checkpoint has been made."""
 
 
 class Evaluation(Strict):
@@ -208,6 +223,11 @@ class Run(Strict):
     """The tokenizer and the token stores."""
     evaluation: Evaluation = Evaluation()
     """Held-out loss at the end of each phase."""
+    checkpoints: Checkpoints = Checkpoints()
+    """When the state is saved, and how much is kept."""
+    start_from: str | None = None
+    """A checkpoint, of a run or converted from elsewhere, whose weights the first phase begins with; without it they
+    are random."""
     phases: list[Phase] = Field(min_length=1)
     """The stretches of training, in order."""
 

@@ -22,6 +22,7 @@ from crystal_hpc.jobs import chain, journal, queueing, submitted
 from crystal_hpc.jobs.launch import read_cluster
 from crystal_hpc.jobs.request import local_parameters
 from crystal_hpc.report.plan import make_plan
+from crystal_hpc.train.manifest import read_manifest
 from crystal_hpc.train.preemption import held_back
 
 Event = Callable[[str], None]
@@ -54,6 +55,8 @@ def prepare(run: Run, cluster: Cluster | None, runs: Path) -> Path:
         _refuse_another(folder, run, sources)
         if cluster:
             _refuse_running(folder)
+    if run.start_from:
+        read_manifest(Path(run.start_from))  # is there, and whole
     for part in ("attempts", "logs", "checkpoints"):
         files.make_folder(folder / part)
     if not (folder / "plan.json").exists():
@@ -174,13 +177,14 @@ def _absolute(run: Run) -> Run:
     data = run.data
     return run.model_copy(
         update={
+            "start_from": run.start_from and str(Path(run.start_from).resolve()),
             "data": data.model_copy(
                 update={
                     "tokenizer": str(Path(data.tokenizer).resolve()),
                     "sources": resolved(data.sources),
                     "held_out": resolved(data.held_out),
                 }
-            )
+            ),
         }
     )
 

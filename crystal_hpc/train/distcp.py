@@ -1,0 +1,340 @@
+"""The files of a distributed checkpoint: chunks of tensors in, chunks out. Torch only; no Megatron, no process groups.
+
+The format is torch.distributed.checkpoint's, as Megatron-core's `torch_dist` uses it: a tensor of the whole model under
+one key, cut into boxes, each saved with torch.save somewhere in some `.distcp` file; `.metadata` says which is where.
+Any layout writes it, and any other reads it: a reader asks for the boxes it needs. `state` says which boxes a rank
+has, `checkpoint` decides when a folder counts, `convert` reads and writes whole models.
+
+We write the files ourselves, for three reasons: a digest is taken of the bytes on their way out, a save can be given up
+between two chunks, and nothing starts helper processes, which would need shielding from a job's signals. We read them
+ourselves because `.metadata` is a pickle: here it may name the few classes that belong in it and nothing else.
+"""
+
+import math
+import os
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from crystal_hpc import files
+from crystal_hpc.errors import CheckpointError
+
+METADATA = ".metadata"
+LARGEST_CHUNK = 64 << 20  # bytes; a reader has to load a chunk whole, however little of it it needs
+FOR_MEGATRON = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
+
+# What a damaged pickle or archive may come to.
+_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, pickle.PickleError)
+
+Index = tuple[int, ...]
+
+
+class Chunk(NamedTuple):
+    """A box of a tensor of the whole model."""
+
+    key: str
+    shape: Index
+    """Of the whole tensor."""
+    offset: Index
+    """Where the box begins in it."""
+    tensor: Tensor
+    """The box; contiguous."""
+
+
+class Placed(NamedTuple):
+    """Where a box was written."""
+
+    key: str
+    dtype: torch.dtype
+    shape: Index
+    offset: Index
+    size: Index
+    file: str
+    at: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file: its size and xxh3-128 digest, and what is in it."""
+
+    name: str
+    bytes: int
+    digest: str
+    placed: list[Placed]
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[Index, Index]]:
+    """The (offset, size) of boxes that make up elements [start, stop) of a row-major tensor, in their order.
+
+    At most 2 * len(shape) - 1 of them: the ends of a range that begins or ends inside a row, and the rows between.
+    """
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield ((start,), (stop - start,)) if shape else ((), ())
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # rows that are whole
+    if first > last:
+        first, last = start // row, start // row  # begins and ends inside one row
+        yield from _in_row(first, shape, start, stop)
+        return
+    yield from _in_row(first - 1, shape, start, first * row)
+    if first < last:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    yield from _in_row(last, shape, last * row, stop)
+
+
+def _in_row(number: int, shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[Index, Index]]:
+    row = math.prod(shape[1:])
+    for offset, size in boxes(shape[1:], start - number * row, stop - number * row):
+        yield (number, *offset), (1, *size)
+
+
+class FileWriter:
+    """Writes one `.distcp` file, chunk after chunk. Its digest is that of the bytes that were handed to the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._name = path.name
+        self._stream = _HashedFile(path)
+        self._placed: list[Placed] = []
+
+    def add(self, chunk: Chunk) -> None:
+        """Appends a chunk, in pieces of at most about `LARGEST_CHUNK` bytes; its tensor is on the CPU."""
+        for offset, part in _pieces(chunk.tensor):
+            at = self._stream.tell()
+            torch.save(_alone(part), cast(IO[bytes], self._stream))
+            place = tuple(a + b for a, b in zip(chunk.offset, offset, strict=True))
+            length = self._stream.tell() - at
+            self._placed.append(
+                Placed(chunk.key, part.dtype, chunk.shape, place, tuple(part.shape), self._name, at, length)
+            )
+
+    def close(self) -> Written:
+        """Forces the file to the disk."""
+        self._stream.close()
+        return Written(self._name, self._stream.tell(), self._stream.digest(), self._placed)
+
+    def abandon(self) -> None:
+        """Closes the file as it is."""
+        self._stream.abandon()
+
+
+class _HashedFile:
+    """As much of a file as torch.save wants. Small pieces are gathered, large ones go straight to the kernel."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._hash = xxhash.xxh3_128()
+        self._small = bytearray()
+        self._size = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._size += len(view)
+        if len(view) < 1 << 16:
+            self._small += view
+            if len(self._small) >= 1 << 20:
+                self.flush()
+        else:
+            self.flush()
+            self._put(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        small, self._small = self._small, bytearray()
+        self._put(memoryview(small))
+
+    def _put(self, view: memoryview) -> None:
+        self._hash.update(view)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+
+    def close(self) -> None:
+        self.flush()
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        os.close(self._descriptor)
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _pieces(tensor: Tensor) -> Iterator[tuple[Index, Tensor]]:
+    """The tensor in parts along its first axis that is longer than one, each of at most `LARGEST_CHUNK` bytes."""
+    axis = next((axis for axis, length in enumerate(tensor.shape) if length > 1), 0)
+    if not tensor.ndim or tensor.nbytes <= LARGEST_CHUNK:
+        yield (0,) * tensor.ndim, tensor
+        return
+    step = max(1, LARGEST_CHUNK * tensor.shape[axis] // tensor.nbytes)
+    for start in range(0, tensor.shape[axis], step):
+        part = tensor.narrow(axis, start, min(step, tensor.shape[axis] - start))
+        yield tuple(start if at == axis else 0 for at in range(tensor.ndim)), part
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor whose storage is no larger than itself: torch.save would write all of a storage."""
+    tensor = tensor.detach().contiguous()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    as_bytes = torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy())
+    return as_bytes.view(tensor.dtype).view(tensor.shape)
+
+
+def write_index(folder: Path, placed: Iterable[Placed]) -> None:
+    """Writes `.metadata`, and the two small files by which Megatron-core knows a checkpoint of its own."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for one in placed:
+        stored = tensors.setdefault(
+            one.key, TensorStorageMetadata(TensorProperties(one.dtype), torch.Size(one.shape), [])
+        )
+        index = MetadataIndex(one.key, one.offset, len(stored.chunks))
+        stored.chunks.append(ChunkStorageMetadata(torch.Size(one.offset), torch.Size(one.size)))
+        storage[index] = _StorageInfo(one.file, one.at, one.length)
+    metadata = Metadata(tensors, storage_data=storage, version="1.0.0")  # type: ignore[arg-type]
+    files.write_file(folder / METADATA, pickle.dumps(metadata))
+    files.write_json(folder / "metadata.json", FOR_MEGATRON)
+    torch.save({}, folder / "common.pt")
+
+
+class Request(NamedTuple):
+    """A box to read: it begins at `offset` of the tensor `key` and has the shape of `target`, which it fills."""
+
+    key: str
+    offset: Index
+    target: Tensor
+
+
+class Reader:
+    """The tensors of a checkpoint folder, by key. Raises CheckpointError where the folder's index cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        metadata = read_metadata(folder)
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: stored
+            for key, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
+        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+
+    def shape(self, key: str) -> Index:
+        return tuple(self.tensors[key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensors[key].properties.dtype
+
+    def read(self, requests: Iterable[Request]) -> None:
+        """Fills the targets, in whatever dtype they have; each stored chunk is loaded once.
+
+        Raises CheckpointError for a tensor that is not there or not whole, and for bytes that cannot be read.
+        """
+        wanted: dict[str, dict[MetadataIndex, list[tuple[ChunkStorageMetadata, Request]]]] = defaultdict(dict)
+        for request in requests:
+            for index, chunk in self._overlapping(request):
+                wanted[self._places[index].relative_path].setdefault(index, []).append((chunk, request))
+        for name, chunks in wanted.items():
+            try:
+                with open(self.folder / name, "rb") as file:
+                    for index in sorted(chunks, key=lambda index: self._places[index].offset):
+                        self._fill(file, index, chunks[index])
+            except _UNREADABLE as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise CheckpointError(f"{self.folder / name}: cannot be read ({reason})") from error
+
+    def _overlapping(self, request: Request) -> Iterator[tuple[MetadataIndex, ChunkStorageMetadata]]:
+        if request.key not in self.tensors:
+            raise CheckpointError(f"{self.folder}: has no tensor {request.key}")
+        covered = 0
+        for number, chunk in enumerate(self.tensors[request.key].chunks):
+            sizes = _common(chunk.offsets, chunk.sizes, request.offset, request.target.shape)[1]
+            if len(sizes) != request.target.ndim or any(size <= 0 for size in sizes):
+                continue
+            covered += math.prod(sizes)
+            yield MetadataIndex(request.key, chunk.offsets, number), chunk
+        if covered != request.target.numel():
+            raise CheckpointError(
+                f"{self.folder}: holds {covered} of the {request.target.numel()} numbers wanted of {request.key}"
+            )
+
+    def _fill(self, file: Any, index: MetadataIndex, wanted: list[tuple[ChunkStorageMetadata, Request]]) -> None:
+        place = self._places[index]
+        # Straight from the file; a pickle may be among the bytes, and `weights_only` lets it name tensors alone.
+        view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
+        stored = torch.load(view, weights_only=True)
+        for chunk, request in wanted:
+            begin, sizes = _common(chunk.offsets, chunk.sizes, request.offset, request.target.shape)
+            source, target = stored, request.target
+            for axis, (at, size) in enumerate(zip(begin, sizes, strict=True)):
+                source = source.narrow(axis, at - chunk.offsets[axis], size)
+                target = target.narrow(axis, at - request.offset[axis], size)
+            target.copy_(source)
+
+
+def _common(
+    a_offset: Sequence[int], a_size: Sequence[int], b_offset: Sequence[int], b_size: Sequence[int]
+) -> tuple[Index, Index]:
+    """Offset and size of what two boxes have in common; a size below one where they have nothing."""
+    begin = tuple(max(a, b) for a, b in zip(a_offset, b_offset, strict=False))
+    ends = (min(a + m, b + n) for a, m, b, n in zip(a_offset, a_size, b_offset, b_size, strict=False))
+    return begin, tuple(end - at for at, end in zip(begin, ends, strict=False))
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The index of a checkpoint folder, without running anything that its pickle might ask for."""
+    path = folder / METADATA
+    try:
+        with open(path, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: has no {METADATA}, so it is no distributed checkpoint") from None
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointError(f"{path}: is not the index of a distributed checkpoint")
+    return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes that torch.distributed.checkpoint and Megatron-core put into `.metadata`, and no others."""
+
+    KNOWN = {
+        "torch.distributed.checkpoint.metadata": {
+            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+            *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch": {"Size"},
+        "torch.serialization": {"_get_layout"},
+        "collections": {"OrderedDict"},
+        "pathlib": {"Path", "PosixPath"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in self.KNOWN.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"asks for {module}.{name}, which has no business there")
