@@ -104,6 +104,16 @@ def drop_padding(tensor: Tensor, shape: Shape) -> Parts:
     return (tensor[: shape.model.vocab_size],)
 
 
+def limit_reasons(title: str, limits: Mapping[str, Any], shape: Shape) -> list[str]:
+    """Which of a model's keys have another value than the only one that a format can express."""
+    values = {key: getattr(shape.model, key) for key in limits}
+    return [
+        f"model.{key}: the {title} format can only express {only}, and this run has {values[key]}"
+        for key, only in limits.items()
+        if values[key] != only
+    ]
+
+
 def has(model: Model, megatron: str) -> bool:
     """Whether a model has this Megatron tensor: some have biases, a norm with a bias, a head of their own."""
     if megatron.endswith(("layer_norm_bias", "final_layernorm.bias")):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from made_up import megatron_tensors
 
 from crystal_hpc.config.schema import Model
 from crystal_hpc.convert import names
@@ -16,29 +17,6 @@ TENSORS_PER_LAYER = 12
 PUBLISHED_PER_LAYER = 14  # the gate has a tensor of its own, for weight and bias
 
 
-def megatron_tensors(model: Model = MODEL) -> dict[str, torch.Tensor]:
-    """Random tensors in the shapes of Megatron's parameters."""
-    h, f = model.hidden, model.ffn
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding.word_embeddings.weight": (model.vocab_size, h),
-        "decoder.final_layernorm.weight": (h,),
-        "decoder.final_layernorm.bias": (h,),
-    }
-    for n in range(model.layers):
-        layer = f"decoder.layers.{n}."
-        for norm in ("self_attention.linear_qkv.layer_norm", "mlp.linear_fc1.layer_norm"):
-            shapes |= {f"{layer}{norm}_{kind}": (h,) for kind in ("weight", "bias")}
-        for linear, outputs, inputs in (
-            ("self_attention.linear_qkv", 3 * h, h),
-            ("self_attention.linear_proj", h, h),
-            ("mlp.linear_fc1", 2 * f, h),
-            ("mlp.linear_fc2", h, f),
-        ):
-            shapes |= {f"{layer}{linear}.weight": (outputs, inputs), f"{layer}{linear}.bias": (outputs,)}
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
 def test_every_tensor_has_one_place_on_each_side() -> None:
     entries = CRYSTALCODER.entries(SHAPE)
     ours = [entry.megatron for entry in entries]
@@ -46,12 +24,12 @@ def test_every_tensor_has_one_place_on_each_side() -> None:
     assert len(set(ours)) == len(ours) == 3 + TENSORS_PER_LAYER * MODEL.layers
     assert len(set(theirs)) == len(theirs) == 3 + PUBLISHED_PER_LAYER * MODEL.layers
     assert {name: names.size(MODEL, name) for name in ours} == {
-        name: tuple(tensor.shape) for name, tensor in megatron_tensors().items()
+        name: tuple(tensor.shape) for name, tensor in megatron_tensors(MODEL).items()
     }
 
 
 def test_going_there_and_back_changes_no_bit() -> None:
-    tensors = megatron_tensors()
+    tensors = megatron_tensors(MODEL)
     published = names.to_published(CRYSTALCODER, SHAPE, tensors)
     back = names.to_megatron(CRYSTALCODER, SHAPE, published)
     assert back.keys() == tensors.keys()
@@ -61,7 +39,7 @@ def test_going_there_and_back_changes_no_bit() -> None:
 
 
 def test_query_key_and_value_of_each_head_land_in_their_thirds() -> None:
-    tensors = megatron_tensors()
+    tensors = megatron_tensors(MODEL)
     fused = tensors["decoder.layers.1.self_attention.linear_qkv.weight"]
     published = names.to_published(CRYSTALCODER, SHAPE, tensors)["transformer.h.1.attn.c_attn.weight"]
     h, d = MODEL.hidden, MODEL.hidden // MODEL.heads
@@ -72,7 +50,7 @@ def test_query_key_and_value_of_each_head_land_in_their_thirds() -> None:
 
 
 def test_the_half_that_megatron_activates_becomes_the_gate() -> None:
-    tensors = megatron_tensors()
+    tensors = megatron_tensors(MODEL)
     published = names.to_published(CRYSTALCODER, SHAPE, tensors)
     for kind in ("weight", "bias"):
         gate, value = tensors[f"decoder.layers.0.mlp.linear_fc1.{kind}"].chunk(2)
@@ -81,14 +59,14 @@ def test_the_half_that_megatron_activates_becomes_the_gate() -> None:
 
 
 def test_rows_that_pad_the_vocabulary_are_dropped() -> None:
-    tensors = megatron_tensors()
+    tensors = megatron_tensors(MODEL)
     rows = tensors["embedding.word_embeddings.weight"]
     padded = tensors | {"embedding.word_embeddings.weight": torch.cat([rows, torch.zeros(3, MODEL.hidden)])}
     assert torch.equal(names.to_published(CRYSTALCODER, SHAPE, padded)["transformer.wte.weight"], rows)
 
 
 def test_a_left_over_or_missing_tensor_is_named_on_either_side() -> None:
-    tensors = megatron_tensors()
+    tensors = megatron_tensors(MODEL)
     published = names.to_published(CRYSTALCODER, SHAPE, tensors)
     with pytest.raises(CheckpointError, match=r"holds decoder\.layers\.3\.extra"):
         names.to_published(CRYSTALCODER, SHAPE, tensors | {"decoder.layers.3.extra": torch.zeros(1)})
@@ -102,7 +80,7 @@ def test_a_left_over_or_missing_tensor_is_named_on_either_side() -> None:
 
 
 def test_a_tensor_of_another_shape_is_named_on_either_side() -> None:
-    tensors = megatron_tensors()
+    tensors = megatron_tensors(MODEL)
     published = names.to_published(CRYSTALCODER, SHAPE, tensors)
     name, published_name = "decoder.layers.1.mlp.linear_fc1.weight", "transformer.h.1.mlp.c_fc2.weight"
     with pytest.raises(CheckpointError, match=rf"{name}: is 10x24, and a model of this config has 20x24"):
@@ -114,9 +92,9 @@ def test_a_tensor_of_another_shape_is_named_on_either_side() -> None:
 
 
 def test_a_tied_head_and_saved_masks_are_accepted_but_a_different_head_is_not() -> None:
-    published = names.to_published(CRYSTALCODER, SHAPE, megatron_tensors())
+    published = names.to_published(CRYSTALCODER, SHAPE, megatron_tensors(MODEL))
     head = published["transformer.wte.weight"]
     extra = {"lm_head.weight": head, "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}
-    assert names.to_megatron(CRYSTALCODER, SHAPE, published | extra).keys() == megatron_tensors().keys()
+    assert names.to_megatron(CRYSTALCODER, SHAPE, published | extra).keys() == megatron_tensors(MODEL).keys()
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: differs"):
         names.to_megatron(CRYSTALCODER, SHAPE, published | {"lm_head.weight": head + 1})

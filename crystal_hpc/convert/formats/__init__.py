@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from crystal_hpc.convert.formats.crystalcoder import CRYSTALCODER
+from crystal_hpc.convert.formats.llama import LLAMA
+from crystal_hpc.convert.formats.stablelm import STABLELM
 from crystal_hpc.convert.names import Format, Shape
 from crystal_hpc.errors import CheckpointError
 
-FORMATS: dict[str, Format] = {known.name: known for known in (CRYSTALCODER,)}
+FORMATS: dict[str, Format] = {known.name: known for known in (CRYSTALCODER, LLAMA, STABLELM)}
 
 
 def by_name(name: str) -> Format:

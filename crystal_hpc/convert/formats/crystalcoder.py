@@ -19,7 +19,13 @@ from crystal_hpc.convert.formats.fields import Fields
 from crystal_hpc.convert.names import Entry, Format, Parts, Shape, drop_padding, keep, kept
 
 TITLE = "CrystalCoder"
-LIMITS = {"norm": "layernorm", "bias": True, "tied_embeddings": True, "rotary_interleaved": True, "rotary_base": 10000}
+LIMITS: dict[str, Any] = {
+    "norm": "layernorm",
+    "bias": True,
+    "tied_embeddings": True,
+    "rotary_interleaved": True,
+    "rotary_base": 10000,
+}
 """Keys of the config's `model` that have only one value in this format."""
 
 
@@ -87,12 +93,7 @@ def _copies(_shape: Shape) -> Mapping[str, str]:
 
 
 def _reasons_against(shape: Shape) -> list[str]:
-    values = {key: getattr(shape.model, key) for key in LIMITS}
-    return [
-        f"model.{key}: the {TITLE} format can only express {only}, and this run has {values[key]}"
-        for key, only in LIMITS.items()
-        if values[key] != only
-    ]
+    return names.limit_reasons(TITLE, LIMITS, shape)
 
 
 def _published_config(run: Run) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _read_config(config: Mapping[str, Any]) -> tuple[Shape, int]:
     """The original release lacks `initializer_range`, and as in GPT-2's code of the time that means 0.02."""
     fields = Fields(config, TITLE)
     hidden, heads = fields.whole("n_embd"), fields.whole("n_head")
-    width = fields.heads(hidden, heads, "n_head")
+    width = fields.head_width(hidden, heads, "n_head")
     fields.only("activation_function", "swiglu")
     fields.only("position_embedding_type", "rotary")
     fields.only("scale_attn_weights", True)
@@ -145,7 +146,7 @@ def _read_config(config: Mapping[str, Any]) -> tuple[Shape, int]:
         ffn=fields.whole("n_inner", 4 * hidden),
         vocab_size=fields.whole("vocab_size"),
         norm_epsilon=fields.number("layer_norm_epsilon", 1e-5),
-        rotary_fraction=fields.rotary_fraction("rotary_dim", fields.whole("rotary_dim"), width),
+        rotary_fraction=fields.rotary_fraction("rotary_dim", fields.whole("rotary_dim", least=0), width),
         init_std=fields.number("initializer_range", 0.02),
         **LIMITS,
     )

@@ -8,8 +8,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from crystal_hpc.config.schema import Model, Mup
 from crystal_hpc.convert.names import Shape
 from crystal_hpc.errors import CheckpointError
@@ -24,22 +22,43 @@ class Fields:
         self.problems: list[str] = []
         if config.get("quantization_config") is not None:
             self.problems.append("quantization_config: only weights that are not quantised can be read")
+        self.rotary = self._rotary()
 
-    def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1; a problem where it is missing without a default."""
+    def _rotary(self) -> Mapping[str, Any]:
+        """The fields about rotary positions: newer Transformers keep them in `rope_parameters`, older at the top level.
+
+        A problem where anything but the plain frequencies is asked for.
+        """
+        found = self.config
+        for key in ("rope_parameters", "rope_scaling"):
+            inside = self.config.get(key)
+            if isinstance(inside, dict) and not any(isinstance(value, dict) for value in inside.values()):
+                kind = inside.get("rope_type", inside.get("type", "default"))
+                found = {**found, **inside}
+            else:  # missing, or one for each kind of layer
+                kind = "default" if inside is None else inside
+            if kind != "default":
+                self.problems.append(f"{key}: {inside!r}, and our model can only do the rope_type default")
+        return found
+
+    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number; a problem where it is missing without a default, or less than `least`."""
         value = self.config.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.problems.append(f"{key}: is missing" if value is None else f"{key}: {value!r} is no number of them")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            said = "is missing" if value is None else f"{value!r} is no whole number of at least {least}"
+            self.problems.append(f"{key}: {said}")
             return 1
         return value
 
-    def number(self, key: str, default: float, within: Mapping[str, Any] | None = None) -> float:
-        """A finite number above zero."""
+    def number(
+        self, key: str, default: float, within: Mapping[str, Any] | None = None, may_be_zero: bool = False
+    ) -> float:
+        """A finite number above zero, of the config or of a part of it."""
         value = (self.config if within is None else within).get(key)
-        if value is None:
-            return default
+        if value is None or (may_be_zero and value == 0):
+            return default if value is None else 0.0
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             self.problems.append(f"{key}: {value!r} is no number above zero")
             return default
@@ -60,7 +79,7 @@ class Fields:
             can = " or ".join(map(repr, allowed))
             self.problems.append(f"{key}: {value!r}, and our model can only do {can}" + (f" ({why})" if why else ""))
 
-    def heads(self, hidden: int, heads: int, key: str) -> int:
+    def head_width(self, hidden: int, heads: int, key: str) -> int:
         """Width of a head; a problem where the heads do not share the hidden width evenly."""
         if hidden % heads:
             self.problems.append(f"{key}: {heads} does not divide the hidden width of {hidden}")
@@ -68,7 +87,7 @@ class Fields:
 
     def rotary_fraction(self, key: str, rotated: int, width: int) -> float:
         """The share of a head that gives back exactly `rotated` dimensions; a problem where they are odd."""
-        if rotated % 2 or not 0 < rotated <= width:
+        if rotated % 2 or rotated > width:
             self.problems.append(f"{key}: {rotated} of {width} dimensions cannot be turned in pairs")
             return 1.0
         fraction = rotated / width
@@ -76,11 +95,7 @@ class Fields:
 
     def shape(self, mup: Mup | None = None, **model: Any) -> Shape:
         """The model of these keys. Raises CheckpointError, in one line, for all problems found."""
-        if not self.problems:
-            try:
-                return Shape(Model(**model), mup)
-            except ValidationError as error:
-                self.problems = [f"model.{wrong['loc'][0]}: {wrong['msg']}" for wrong in error.errors()]
-        raise CheckpointError(
-            f"config.json: not a {self.title} model that can be read here: {'; '.join(self.problems)}"
-        )
+        if self.problems:
+            problems = "; ".join(self.problems)
+            raise CheckpointError(f"config.json: not a {self.title} model that can be read here: {problems}")
+        return Shape(Model(**model), mup)
