@@ -9,7 +9,7 @@ from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Model
 from crystal_hpc.errors import CheckpointError
 
-# One model at a time, in float32, and a copy of a few of its tensors; what Python, torch and Megatron take by themselves.
+# One model at a time, in float32, and copies of a few of its tensors; and what Python, torch and Megatron take.
 BYTES_A_PARAMETER = 5
 OWN = 2 << 30
 # A limit on address space also counts the file that Transformers maps, and what threads have only reserved.

@@ -90,13 +90,18 @@ def run_of(checkpoint: Path, given: Path | None = None) -> Run:
     """The run that a checkpoint is of: a config that was named, that of its run folder, or what lies beside weights."""
     if given is not None:
         return load_run(given)
-    if not (checkpoint / IMPORT).is_file():
+    if not is_import(checkpoint):
         return load_run((checkpoint / "../../../run.yaml").resolve())
     try:
         longest = int(files.read_json(checkpoint / IMPORT)["sequence_length"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / IMPORT}: damaged ({error!r}); convert the weights again") from error
     return as_run(read_model(checkpoint), longest, read_manifest(checkpoint).precision)
+
+
+def is_import(checkpoint: Path) -> bool:
+    """Whether a checkpoint is weights that were converted from elsewhere, without a run."""
+    return (checkpoint / IMPORT).is_file()
 
 
 def key_of(name: str) -> tuple[str, int | None]:

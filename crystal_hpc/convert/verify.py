@@ -58,7 +58,7 @@ def verify(
     architecture: str | None = None,
     rounded: str | None = None,
 ) -> VerifyResult:
-    """Compares the logits of a checkpoint and of a Hugging Face folder, on `tokens` (rows, length) or fixed random ones.
+    """Compares the logits of a checkpoint and of a Hugging Face folder, on `tokens` (rows, length), or fixed ones.
 
     A folder of ours is loaded with the code in it; one from elsewhere as the class named `architecture`, of ours or of
     Transformers. Weights are rounded to `rounded` on both sides, by default to what an export is in. Raises

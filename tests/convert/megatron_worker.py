@@ -48,8 +48,18 @@ def save(name: str, rank: int, folder: Path) -> None:
         plain = checkpoint.generation_folder(folder / "plain", run, STEP)
         loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(plain))
         model.load_state_dict(loaded["model"])
-    checkpoint.save(trainer, folder / name, STEP, "periodic")
+    saved = checkpoint.save(trainer, folder / name, STEP, "periodic")
+    if rank == 0:
+        as_format_2(saved)
     parallel.stop()
+
+
+def as_format_2(saved: Path) -> None:
+    """What `checkpoint.save` will write by itself."""
+    content = json.loads((saved / "manifest.json").read_text())
+    if content["format"] == 1:
+        more = {"kind": "training", "ledger": {}, "optimizer": None, "tensors": {}, "commit": None, "versions": {}}
+        (saved / "manifest.json").write_text(json.dumps({**content, **more, "format": 2}))
 
 
 def compare(folder: Path, layout: str, dtype: weights.Dtype, spoil: bool = False) -> dict[str, Any]:
