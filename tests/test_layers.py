@@ -42,6 +42,7 @@ WITHOUT_TORCH = [
     "jobs.probe",
     "jobs.batch",
     "report.plan",
+    "train.generations",
 ]
 DATA_WITH_TORCH = {"data.batches"}
 
