@@ -37,7 +37,7 @@ from crystal_hpc.train.writing import CopyBuffer, RankResult, RankWriter
 TRIGGER = "save"
 """A file of this name in the run folder asks for a save; what is in it, if anything, names the checkpoint for good."""
 MOST_FAILURES = 3
-MARGIN = 1 << 20  # bytes, for the index and the manifest
+MARGIN = 1 << 18  # bytes, for the index and the manifest
 
 
 @dataclass
@@ -204,8 +204,8 @@ class Saver:
         if free >= total + MARGIN:
             return None
         files.remove_folder(pending)
-        said = f"needs {format_bytes(total)} for a checkpoint, and {format_bytes(free)} are free"
-        return f"{self._folder}: {said}; free some space, or keep fewer (checkpoints.keep_last, crystal checkpoints)"
+        said = f"the disk is too full: a checkpoint needs {format_bytes(total)}, and {format_bytes(free)} are free"
+        return f"{self._folder}: {said}; free some, or keep fewer (checkpoints.keep_last, crystal checkpoints)"
 
     def _commit(self) -> None:
         """Waits for all ranks' files, then makes them a generation; raises on every rank what went wrong on any."""

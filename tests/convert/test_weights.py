@@ -325,7 +325,7 @@ def test_the_tool_exports_verifies_and_tells_mistakes_in_one_line(
     shutil.copy(trained.folder / "run.yaml", trained.folder / "plain" / "run.yaml")
     done = convert(checkpoint, "out", "--tokenizer", tokenizer_folder)
     assert done.returncode == 0, done.stderr
-    assert "verified on 96 tokens" in done.stdout
+    assert "and 96 tokens" in done.stdout
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
