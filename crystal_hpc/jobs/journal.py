@@ -89,9 +89,18 @@ def close(run_folder: Path, entry: Entry, outcome: str, reason: str, **fields: A
 
 
 def note_error(
-    run_folder: Path, place: Place, outcome: str, reason: str, mistake: bool = False, hang: bool = False
+    run_folder: Path,
+    place: Place,
+    outcome: str,
+    reason: str,
+    mistake: bool = False,
+    hang: bool = False,
+    taken: bool = False,
 ) -> None:
-    """Leaves word of what made this rank fail; a user's `mistake` would only fail again."""
+    """Leaves word of what made this rank fail; a user's `mistake` would only fail again.
+
+    `taken`: another job has the run (`lock`), so that nothing of this one belongs into its history.
+    """
     path = run_folder / "attempts" / f"{place.start}.rank{place.rank}.error.json"
     said = {
         "rank": place.rank,
@@ -100,6 +109,7 @@ def note_error(
         "reason": reason,
         "mistake": mistake,
         "hang": hang,
+        "taken": taken,
     }
     files.write_json(path, {"time": time.time(), **said})
 
