@@ -1,6 +1,6 @@
 """Compares two checkpoints tensor by tensor, whatever layouts wrote them; or two Hugging Face folders.
 
-Exit code 0: the same; 1: different; 2: a mistake, or a folder that cannot be read. Memory is some 600 MB, however large
+Exit code 0: the same; 1: different; 2: a mistake, or a folder that cannot be read. Memory is some 900 MB, however large
 the model.
 
     python tools/compare_checkpoints.py runs/a/checkpoints/code/step_00000400 runs/b/checkpoints/code/step_00000400

@@ -17,7 +17,7 @@ from torch import Tensor
 from crystal_hpc.errors import CheckpointError
 from crystal_hpc.train.distcp import METADATA, Index, Reader, Request
 
-_BOX = 256 << 20  # bytes; small ones have a reader load stored chunks again and again
+_BOX = 128 << 20  # bytes; small ones have a reader load stored chunks again and again
 _PIECE = 1 << 22  # numbers that are compared at once
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OPTIMIZER = re.compile(r"(optimizer\.state\.[^.]+\.|optimizer\.|chained_)")
