@@ -215,21 +215,45 @@ main.add_command(data)
 @main.command()
 @RUN_FOLDER
 @click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/exports/PHASE-STEP.")
-@click.option("--phase", help="Default: the newest checkpoint's.")
+@click.option("--phase", help="Default: the newest checkpoint's; with --all, every phase.")
 @click.option("--step", type=int, help="Default: the newest of the phase.")
+@click.option("--all", "every", is_flag=True, help="Every checkpoint; those that are there already are left alone.")
+@click.option("--share", metavar="I/N", help="As --all, but only every N-th one, from the I-th on (0/8 to 7/8).")
+@click.option("--format", "kind", default="crystalcoder", show_default=True, help="Or llama, stablelm.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights; default: as trained.")
+@click.option("--shard-size", default="5GB", show_default=True, help="Largest file of weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an export that is there.")
-@click.option("--verify/--no-verify", default=True, help="Compare the logits with Megatron's.")
+@click.option("--skip-done", is_flag=True, help="Succeed at once where this very export is there.")
+@click.option(
+    "--verify", type=click.Choice(["all", "weights", "none"]), default="all", show_default=True,
+    help="Compare the weights as they were read and written, and the logits with Megatron's.",
+)  # fmt: skip
+@click.option("--no-verify", "verify", flag_value="none", help="The same as --verify none.")
 @with_progress
 def export(
-    run: Path, out: Path | None, phase: str | None, step: int | None, dtype: Any, overwrite: bool, verify: bool,
-    on_progress: Any,
+    run: Path, out: Path | None, phase: str | None, step: int | None, every: bool, share: str | None, kind: str,
+    dtype: Any, shard_size: str, overwrite: bool, skip_done: bool, verify: Any, on_progress: Any,
 ) -> None:  # fmt: skip
-    """Convert a checkpoint to a Hugging Face folder."""
+    """Convert a checkpoint to a Hugging Face folder; after a kill, the same command goes on."""
+    if (every or share) and (out or step is not None):
+        raise click.UsageError("--all and --share choose the checkpoints and the folders: without --out and --step")
+    part = _parse_share(share or "0/1")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparison wants plain float32, on a GPU machine too
-    from crystal_hpc.convert.export import export_run
+    from crystal_hpc.convert.export import Options, export_run, export_share, parse_size
 
-    click.echo(export_run(run, out, phase, step, dtype, verify, overwrite, on_progress))
+    options = Options(kind, dtype, parse_size(shard_size), verify, overwrite, skip_done)
+    if not (every or share):
+        click.echo(export_run(run, out, phase, step, options, on_progress))
+        return
+    for said in export_share(run, part, phase, options, on_progress):
+        click.echo(said)
+
+
+def _parse_share(text: str) -> tuple[int, int]:
+    first, _, count = text.partition("/")
+    if not (first.isdigit() and count.isdigit() and int(first) < int(count)):
+        raise click.BadParameter(f"{text!r} is not like 0/8, the first of eight", param_hint="--share")
+    return int(first), int(count)
 
 
 @main.command()

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "crystal_hpc"
 # From the bottom up; those in one line may import each other (but not in a circle).
 LAYERS = [
     {"errors"},
-    {"files", "comm", "log", "progress"},
+    {"files", "comm", "log", "progress", "provenance"},
     {"config"},
     {"data"},
     {"model"},

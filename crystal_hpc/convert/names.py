@@ -1,176 +1,196 @@
-"""Which Megatron tensor is which tensor of a published format: a table, as data, read in both directions.
+"""Which Megatron tensor is which tensor of a published format: the machinery; the tables, as data, are in `formats`.
 
-`weights` walks it from left to right, checkpoint to Hugging Face folder; `to_megatron` goes back. Every tensor of the
-model stands in exactly one entry, so that a tensor that is left over, on either side, is an error and never a silent
-loss. A further format (Llama, StableLM) is one more `Table`.
-
-CrystalCoder's format is GPT-2's with rotary positions, SwiGLU and muP. Three things change on the way:
-- Megatron keeps query, key and value of each head together, [q_0 k_0 v_0 q_1 k_1 ...]; published are all of Q, K, V;
-- linear weights are published as GPT-2's Conv1D has them, (in, out), transposed;
-- Megatron activates the first half of `linear_fc1`; published, `c_fc(x) * silu(c_fc2(x))`: the gate is `c_fc2`.
+An export walks a table from left to right, an import from right to left. Every tensor of the model stands in exactly
+one entry, so that a tensor that is left over, on either side, is an error and never a silent loss. Each entry goes
+there and back without changing a bit; where numbers are scaled on the way, that is checked for every tensor.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from crystal_hpc.config import derive
-from crystal_hpc.config.schema import Model, Run
+from crystal_hpc.config.schema import Model, Mup, Run
 from crystal_hpc.errors import CheckpointError
 
 Parts = tuple[Tensor, ...]
 
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Megatron's tensors with a row for each token id."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a run a conversion depends on."""
+
+    model: Model
+    mup: Mup | None = None
+
+    @property
+    def head_width(self) -> int:
+        """Dimensions of one attention head."""
+        return self.model.hidden // self.model.heads
+
+    @property
+    def rotated(self) -> int:
+        """Dimensions of each head, counted from its first, that rotary positions turn."""
+        return int(self.head_width * self.model.rotary_fraction)
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron tensor and the published tensors that hold the same numbers; `{n}` stands for the layer."""
+    """One Megatron tensor and the published tensors that hold the same numbers; in a table, `{n}` is the layer."""
 
     megatron: str
     published: tuple[str, ...]
-    split: Callable[[Tensor, Model], Parts]
-    """The published tensors, in the order of `published`; may be views."""
-    join: Callable[[Sequence[Tensor], Model], Tensor]
-    """The inverse of `split`."""
+    split: Callable[[Tensor, Shape], Parts]
+    """The published tensors, in the order of `published`; views where possible, on any device (`meta` too)."""
+    join: Callable[[Sequence[Tensor], Shape], Tensor]
+    """The inverse of `split`, bit for bit."""
 
 
 @dataclass(frozen=True)
-class Table:
-    """A published format."""
+class Format:
+    """A published format: where each tensor goes, and what config.json says of the model."""
 
     name: str
-    entries: tuple[Entry, ...]
-    limits: Mapping[str, Any]
-    """Keys of the config's `model` that have only one value in this format."""
-    copies: Mapping[str, str]
+    """As options and `formats.by_name` have it."""
+    title: str
+    """As messages call it."""
+    architecture: str
+    """The class of Transformers that loads it."""
+    entries: Callable[[Shape], list[Entry]]
+    """The whole table of one expressible model, every layer written out, in the order of the forward pass."""
+    copies: Callable[[Shape], Mapping[str, str]]
     """Published names that repeat another tensor: a reader accepts them, an export leaves them out."""
-    buffers: tuple[str, ...]
+    reasons_against: Callable[[Shape], list[str]]
+    """Why a model cannot be expressed, one clause for each config key; empty where it can."""
+    published_config: Callable[[Run], dict[str, Any]]
+    """The fields of config.json that say what the model is."""
+    read_config: Callable[[Mapping[str, Any]], tuple[Shape, int]]
+    """The model and its longest sequence, in tokens, from config.json's fields; raises CheckpointError that names each
+    field that says something our model cannot do. An init_std that is not given is 0.02."""
+    buffers: tuple[str, ...] = ()
     """Published names (regular expressions) that hold no weights; a reader passes over them."""
+    code_files: tuple[str, ...] = ()
+    """Model code to ship with the weights, in `convert/hf`."""
+
+    def check(self, shape: Shape) -> None:
+        """Raises CheckpointError, in one line with every reason, when this model cannot be expressed."""
+        if reasons := self.reasons_against(shape):
+            raise CheckpointError(f"the {self.title} format cannot express this model: {'; '.join(reasons)}")
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a published name holds no weights."""
+        return any(re.fullmatch(buffer, name) for buffer in self.buffers)
 
 
-def _keep(tensor: Tensor, _model: Model) -> Parts:
+def keep(tensor: Tensor, _shape: Shape) -> Parts:
+    """The tensor as it is."""
     return (tensor,)
 
 
-def _kept(parts: Sequence[Tensor], _model: Model) -> Tensor:
+def kept(parts: Sequence[Tensor], _shape: Shape) -> Tensor:
+    """The inverse of `keep`."""
     return parts[0]
 
 
-def _transpose(tensor: Tensor, _model: Model) -> Parts:
-    return (tensor.T,)
+def drop_padding(tensor: Tensor, shape: Shape) -> Parts:
+    """The rows of the vocabulary: other trainers pad it for tensor parallelism, with rows that belong to no token."""
+    return (tensor[: shape.model.vocab_size],)
 
 
-def _transposed(parts: Sequence[Tensor], _model: Model) -> Tensor:
-    return parts[0].T.contiguous()
+def limit_reasons(title: str, limits: Mapping[str, Any], shape: Shape) -> list[str]:
+    """Which of a model's keys have another value than the only one that a format can express."""
+    values = {key: getattr(shape.model, key) for key in limits}
+    return [
+        f"model.{key}: the {title} format can only express {only}, and this run has {values[key]}"
+        for key, only in limits.items()
+        if values[key] != only
+    ]
 
 
-def _drop_padding(tensor: Tensor, model: Model) -> Parts:
-    # Other trainers pad the vocabulary for tensor parallelism; the rows beyond it belong to no token.
-    return (tensor[: model.vocab_size],)
+def has(model: Model, megatron: str) -> bool:
+    """Whether a model has this Megatron tensor: some have biases, a norm with a bias, a head of their own."""
+    if megatron.endswith(("layer_norm_bias", "final_layernorm.bias")):
+        return model.norm == "layernorm"
+    if megatron == "output_layer.weight":
+        return not model.tied_embeddings
+    return model.bias or not megatron.endswith(".bias")
 
 
-def _group_by_kind(tensor: Tensor, model: Model) -> Tensor:
-    """[q_0 k_0 v_0 q_1 ...] to [q_0 q_1 ... k_0 k_1 ... v_0 v_1 ...], along the first axis."""
-    by_head = tensor.reshape(model.heads, 3, -1, *tensor.shape[1:])
-    return by_head.transpose(0, 1).reshape(tensor.shape)
+def size(model: Model, megatron: str) -> tuple[int, ...]:
+    """Shape of a Megatron tensor in the whole model, by its name; the vocabulary is not padded."""
+    h, f = model.hidden, model.ffn
+    if megatron in VOCABULARY:
+        return (model.vocab_size, h)
+    linear = {"linear_qkv": (3 * h, h), "linear_proj": (h, h), "linear_fc1": (2 * f, h), "linear_fc2": (h, f)}
+    owner, _, kind = megatron.rpartition(".")
+    sizes = linear.get(owner.rpartition(".")[2], (h,))
+    return sizes if kind == "weight" else sizes[:1] if kind == "bias" else (h,)
 
 
-def _group_by_head(tensor: Tensor, model: Model) -> Tensor:
-    """The inverse of `_group_by_kind`."""
-    by_kind = tensor.reshape(3, model.heads, -1, *tensor.shape[1:])
-    return by_kind.transpose(0, 1).reshape(tensor.shape)
-
-
-def _split_qkv_weight(tensor: Tensor, model: Model) -> Parts:
-    return (_group_by_kind(tensor, model).T,)
-
-
-def _join_qkv_weight(parts: Sequence[Tensor], model: Model) -> Tensor:
-    return _group_by_head(parts[0].T, model).contiguous()
-
-
-def _split_qkv_bias(tensor: Tensor, model: Model) -> Parts:
-    return (_group_by_kind(tensor, model),)
-
-
-def _join_qkv_bias(parts: Sequence[Tensor], model: Model) -> Tensor:
-    return _group_by_head(parts[0], model)
-
-
-def _split_fc1(tensor: Tensor, _model: Model) -> Parts:
-    gate, value = tensor.chunk(2, dim=0)
-    return (value.T, gate.T) if tensor.ndim == 2 else (value, gate)
-
-
-def _join_fc1(parts: Sequence[Tensor], _model: Model) -> Tensor:
-    value, gate = parts
-    return torch.cat([gate.T, value.T] if value.ndim == 2 else [gate, value])
-
-
-_LAYER = "decoder.layers.{n}."
-_BLOCK = "transformer.h.{n}."
-
-CRYSTALCODER = Table(
-    name="CrystalCoder",
-    entries=(
-        Entry("embedding.word_embeddings.weight", ("transformer.wte.weight",), _drop_padding, _kept),
-        Entry(f"{_LAYER}self_attention.linear_qkv.layer_norm_weight", (f"{_BLOCK}ln_1.weight",), _keep, _kept),
-        Entry(f"{_LAYER}self_attention.linear_qkv.layer_norm_bias", (f"{_BLOCK}ln_1.bias",), _keep, _kept),
-        Entry(
-            f"{_LAYER}self_attention.linear_qkv.weight",
-            (f"{_BLOCK}attn.c_attn.weight",),
-            _split_qkv_weight,
-            _join_qkv_weight,
-        ),
-        Entry(
-            f"{_LAYER}self_attention.linear_qkv.bias", (f"{_BLOCK}attn.c_attn.bias",), _split_qkv_bias, _join_qkv_bias
-        ),
-        Entry(f"{_LAYER}self_attention.linear_proj.weight", (f"{_BLOCK}attn.c_proj.weight",), _transpose, _transposed),
-        Entry(f"{_LAYER}self_attention.linear_proj.bias", (f"{_BLOCK}attn.c_proj.bias",), _keep, _kept),
-        Entry(f"{_LAYER}mlp.linear_fc1.layer_norm_weight", (f"{_BLOCK}ln_2.weight",), _keep, _kept),
-        Entry(f"{_LAYER}mlp.linear_fc1.layer_norm_bias", (f"{_BLOCK}ln_2.bias",), _keep, _kept),
-        Entry(
-            f"{_LAYER}mlp.linear_fc1.weight",
-            (f"{_BLOCK}mlp.c_fc.weight", f"{_BLOCK}mlp.c_fc2.weight"),
-            _split_fc1,
-            _join_fc1,
-        ),
-        Entry(
-            f"{_LAYER}mlp.linear_fc1.bias", (f"{_BLOCK}mlp.c_fc.bias", f"{_BLOCK}mlp.c_fc2.bias"), _split_fc1, _join_fc1
-        ),
-        Entry(f"{_LAYER}mlp.linear_fc2.weight", (f"{_BLOCK}mlp.c_proj.weight",), _transpose, _transposed),
-        Entry(f"{_LAYER}mlp.linear_fc2.bias", (f"{_BLOCK}mlp.c_proj.bias",), _keep, _kept),
-        Entry("decoder.final_layernorm.weight", ("transformer.ln_f.weight",), _keep, _kept),
-        Entry("decoder.final_layernorm.bias", ("transformer.ln_f.bias",), _keep, _kept),
-    ),
-    limits={
-        "norm": "layernorm",
-        "bias": True,
-        "tied_embeddings": True,
-        "rotary_interleaved": True,
-        "rotary_base": 10000,
-    },
-    copies={"lm_head.weight": "transformer.wte.weight"},
-    # The causal mask, which GPT-2's code of the time saved along with the weights.
-    buffers=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
-)
-
-
-def expand(table: Table, layers: int) -> list[Entry]:
-    """The table with every layer's entries written out, in the order of the forward pass."""
-    entries = list(table.entries)
+def expand(table: Iterable[Entry], shape: Shape) -> list[Entry]:
+    """A table for one model: each layer's entries written out, those left out that the model has no tensor for."""
+    entries = [entry for entry in table if has(shape.model, entry.megatron)]
     layered = [index for index, entry in enumerate(entries) if "{n}" in entry.megatron]
     first, last = layered[0], layered[-1] + 1
-    blocks = [_numbered(entry, n) for n in range(layers) for entry in entries[first:last]]
+    blocks = [_numbered(entry, n) for n in range(shape.model.layers) for entry in entries[first:last]]
     return entries[:first] + blocks + entries[last:]
 
 
 def _numbered(entry: Entry, n: int) -> Entry:
     published = tuple(name.format(n=n) for name in entry.published)
     return replace(entry, megatron=entry.megatron.format(n=n), published=published)
+
+
+def split(entry: Entry, shape: Shape, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The published (name, tensor) pairs of one Megatron tensor, whose vocabulary may be padded.
+
+    Raises CheckpointError that names the tensor, for a wrong shape and for numbers that would not come back.
+    """
+    expected = size(shape.model, entry.megatron)
+    if entry.megatron in VOCABULARY and tensor.ndim == 2 and len(tensor) > expected[0]:
+        expected = (len(tensor), expected[1])
+    _check_size(entry.megatron, tensor, expected)
+    with _naming(entry.megatron):
+        return zip(entry.published, entry.split(tensor, shape), strict=True)
+
+
+def join(entry: Entry, shape: Shape, parts: Sequence[Tensor]) -> Tensor:
+    """The Megatron tensor of published ones, in the order of `entry.published`; its vocabulary is not padded.
+
+    Raises CheckpointError that names the tensor, for a wrong shape and for numbers that would not come back.
+    """
+    for name, part, expected in zip(entry.published, parts, published_sizes(entry, shape), strict=True):
+        _check_size(name, part, expected)
+    with _naming(" and ".join(entry.published)):
+        return entry.join(parts, shape)
+
+
+def published_sizes(entry: Entry, shape: Shape) -> list[tuple[int, ...]]:
+    """Shapes of an entry's published tensors."""
+    megatron = torch.empty(size(shape.model, entry.megatron), device="meta")
+    return [tuple(part.shape) for part in entry.split(megatron, shape)]
+
+
+def _check_size(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        found, right = ("x".join(map(str, sizes)) or "a number" for sizes in (tensor.shape, expected))
+        raise CheckpointError(f"{name}: is {found}, and a model of this config has {right}")
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Puts the tensor's name before an error of `split` or `join`, which do not know it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
 
 
 def check_complete(expected: Iterable[str], found: Iterable[str], where: str) -> None:
@@ -186,69 +206,37 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def check_expressible(table: Table, model: Model) -> None:
-    """Raises CheckpointError when the format has no way to say what this model is."""
-    for key, only in table.limits.items():
-        value = getattr(model, key)
-        if value != only:
-            raise CheckpointError(
-                f"model.{key}: the {table.name} format can only express {only}, and this run has {value}; "
-                "it cannot be exported in this format"
-            )
+def to_published(target: Format, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All of a model's tensors under their published names.
 
-
-def to_published(table: Table, model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All of a model's tensors under their published names. Raises CheckpointError for a missing or left-over one.
-
-    `weights.export` does the same one tensor at a time, straight from the files.
+    Raises CheckpointError for a model that the format cannot express, for a missing or left-over tensor, and as
+    `split`. `weights.export` does the same one tensor at a time, straight from the files.
     """
-    entries = expand(table, model.layers)
+    target.check(shape)
+    entries = target.entries(shape)
     check_complete((entry.megatron for entry in entries), tensors, "the Megatron tensors")
-    return dict(pair for entry in entries for pair in split(entry, model, tensors[entry.megatron]))
+    return dict(pair for entry in entries for pair in split(entry, shape, tensors[entry.megatron]))
 
 
-def to_megatron(table: Table, model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_megatron(source: Format, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All of a model's tensors under their Megatron names; the vocabulary is not padded.
 
-    Raises CheckpointError for a missing or left-over tensor, and for a copy that differs from its original.
+    Raises CheckpointError for a model that the format cannot express, for a missing or left-over tensor, for a copy
+    that differs from its original, and as `join`.
     """
-    entries = expand(table, model.layers)
-    found = {name for name in tensors if not any(re.fullmatch(buffer, name) for buffer in table.buffers)}
-    check_complete((name for entry in entries for name in entry.published), found - set(table.copies), "the weights")
-    for copy in found & set(table.copies):
-        if not torch.equal(tensors[copy], tensors[table.copies[copy]]):
-            raise CheckpointError(f"{copy}: differs from {table.copies[copy]}, but a tied model has one of them")
-    return {entry.megatron: entry.join([tensors[name] for name in entry.published], model) for entry in entries}
+    source.check(shape)
+    entries, copies = source.entries(shape), source.copies(shape)
+    found = {name for name in tensors if not source.is_buffer(name)}
+    check_complete((name for entry in entries for name in entry.published), found - set(copies), "the weights")
+    for copy in found & set(copies):
+        if not same_bits(tensors[copy], tensors[copies[copy]]):
+            raise CheckpointError(f"{copy}: differs from {copies[copy]}, but a tied model has one of them")
+    return {entry.megatron: join(entry, shape, [tensors[name] for name in entry.published]) for entry in entries}
 
 
-def split(entry: Entry, model: Model, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The published (name, tensor) pairs of one Megatron tensor."""
-    return zip(entry.published, entry.split(tensor, model), strict=True)
-
-
-def published_config(run: Run) -> dict[str, Any]:
-    """The fields of CrystalCoder's config.json that say what the model is, under their published names."""
-    model, mup = run.model, run.mup
-    return {
-        "model_type": "crystalcoder",
-        "activation_function": "swiglu",
-        "position_embedding_type": "rotary",
-        "n_layer": model.layers,
-        "n_embd": model.hidden,
-        "n_head": model.heads,
-        "n_inner": model.ffn,
-        "n_positions": max(phase.sequence_length for phase in run.phases),
-        "vocab_size": model.vocab_size,
-        "rotary_dim": int(model.hidden // model.heads * model.rotary_fraction),
-        "layer_norm_epsilon": model.norm_epsilon,
-        "initializer_range": model.init_std,
-        "mup_embeddings_scale": derive.embedding_scale(mup),
-        "mup_output_alpha": mup.output_multiplier if mup else 1.0,
-        "mup_width_scale": derive.width_multiplier(model, mup),
-        "mup_scale_qk_dot_by_d": bool(mup and mup.scale_attention_by_head),
-        "scale_attn_weights": True,
-        "tie_word_embeddings": True,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-    }
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of numbers are equal bit for bit: NaN equals itself, and 0 is not -0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
+    return torch.equal(one.view(bits), other.view(bits))

@@ -5,13 +5,16 @@ remembers the first class it saw for a configuration, and would run that one on 
 (The copies of model code that Transformers keeps on disk are safe: their names carry a digest of the code.)
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from crystal_hpc import files
-from crystal_hpc.convert.weights import MARKER
+from crystal_hpc.convert.formats import FORMATS
+from crystal_hpc.convert.hf_folder import MARKER
 from crystal_hpc.data.tokenizer import Tokenizer
 from crystal_hpc.errors import CheckpointError
 
@@ -23,18 +26,48 @@ def load(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     """
     if not (folder / MARKER).is_file():
         raise CheckpointError(f"{folder}: is no exported model (it has no {MARKER}); export a checkpoint first")
-    from safetensors import SafetensorError
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    with _loading(folder):
+        config = files.read_json(folder / "config.json")
+        if "auto_map" not in config:
+            return load_as(folder, config["architectures"][0], dtype)
+        name = config["auto_map"]["AutoModelForCausalLM"]
+        kind: Any = get_class_from_dynamic_module(name, str(folder), local_files_only=True)
+        return kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype).eval()
+
+
+def load_as(folder: Path, architecture: str, dtype: torch.dtype | str = torch.float32) -> Any:
+    """The model in a Hugging Face folder from anywhere, as a class of ours or of Transformers; runs no code of its own.
+
+    Raises CheckpointError where the folder is damaged, or the class is none of a format that is known.
+    """
+    import transformers
+
+    if architecture not in {known.architecture for known in FORMATS.values()}:
+        raise CheckpointError(f"{folder}: {architecture} is no kind of model that is known here")
+    with _loading(folder):
+        if hasattr(transformers, architecture):
+            kind: Any = getattr(transformers, architecture)
+        else:
+            from crystal_hpc.convert.hf import modeling_crystalcoder
+
+            kind = getattr(modeling_crystalcoder, architecture)
+        return kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype).eval()
+
+
+@contextlib.contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Keeps Transformers quiet, and puts its complaints into one line."""
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        name = files.read_json(folder / "config.json")["auto_map"]["AutoModelForCausalLM"]
-        kind: Any = get_class_from_dynamic_module(name, str(folder), local_files_only=True)
-        model = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype)
+        yield
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded ({_first_line(error)}); export it again") from error
-    return model.eval()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,38 +1,46 @@
 """A checkpoint's weights into a Hugging Face folder, tensor by tensor: the last step of a token's way.
 
-`reader` finds the tensors in the checkpoint, the table in `names` says what becomes of each, and this module writes
-them down with all that Transformers wants beside them. In memory are one layer's tensor and one output file at a time,
-whatever the size of the model. Megatron is not needed.
+`reader` finds the tensors in the checkpoint, a format's table says what becomes of each, `safetensors_io` writes them,
+and this module puts all beside them that Transformers wants. In memory are about two of the largest tensors, whatever
+the size of the model and of the files. What was written stays when the process is killed (`resume`). Megatron is not
+needed. `from_hf` is the way back.
 """
 
+import contextlib
+import math
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import xxhash
 from torch import Tensor
 
 from crystal_hpc import files
 from crystal_hpc.config.schema import Run
-from crystal_hpc.convert import names
+from crystal_hpc.convert import formats, names
+from crystal_hpc.convert.blocks import Blocks, Norm, as_bytes
+from crystal_hpc.convert.digests import DigestCheck
+from crystal_hpc.convert.hf_folder import CONFIG, MARKER, SAFETENSORS, dump_index
 from crystal_hpc.convert.reader import CheckpointReader
+from crystal_hpc.convert.resume import Work, working
+from crystal_hpc.convert.safetensors_io import SafetensorsWriter
 from crystal_hpc.data.catalog import TOKENIZER_FILE
 from crystal_hpc.data.tokenizer import Tokenizer
 from crystal_hpc.errors import CheckpointError
 
-MARKER = "export.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MODEL_CODE = Path(__file__).parent / "hf"
-CODE_FILES = ("configuration_crystalcoder.py", "modeling_crystalcoder.py")
+FORMAT = formats.by_name("crystalcoder")
 SHARD_BYTES = 5 * 10**9
 
+# No float16: weights beyond 65504 or below 6e-8 would not survive, and training never saw them rounded so.
 Dtype = Literal["float32", "bfloat16"]
-Progress = Callable[[str, int, int], None]
-"""What is being done, how many of it are done, of how many."""
+Progress = Callable[[str, int, int, str], None]
+"""What is being done, how many bytes of it are done, of how many, and a word on it."""
 
 
 @dataclass(frozen=True)
@@ -61,45 +69,46 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     on_progress: Progress | None = None,
+    target: names.Format = FORMAT,
+    check_source: bool = True,
+    check: Callable[[Path], None] | None = None,
 ) -> ExportSummary:
-    """Writes a checkpoint as a folder that Transformers loads with `trust_remote_code=True`.
+    """Writes a checkpoint as a folder that Transformers loads, with `trust_remote_code=True` if it has code of its own.
 
     Weights go into safetensors files of at most about `shard_bytes`. `tokenizer` is a tokenizer.json or its folder.
-    The folder appears under its name when it is complete. Raises CheckpointError for a checkpoint that cannot be read
-    or does not fit `run`, for a model that the format cannot express, for a tokenizer with more ids than the model,
-    and when `out` exists, unless it is an export and `overwrite` is set; DiskError where the file system refuses.
+    The checkpoint's files are compared with their digests on the way if `check_source`. The folder appears under its
+    name when it is complete and `check`, which is given the folder under its temporary name, has raised nothing; files
+    that a killed process finished are kept (`resume`). Raises CheckpointError for a checkpoint that cannot be read or
+    does not fit `run`, for a model that the format cannot express, for a tokenizer with more ids than the model, and
+    when `out` exists, unless it is an export and `overwrite` is set; DiskError where the file system refuses.
     """
-    table = names.CRYSTALCODER
-    names.check_expressible(table, run.model)
+    shape = names.Shape(run.model, run.mup)
+    target.check(shape)
     reader = CheckpointReader(checkpoint, run)
-    entries = names.expand(table, run.model.layers)
+    entries = target.entries(shape)
     names.check_complete((entry.megatron for entry in entries), reader.names(), str(checkpoint))
-    out = out.resolve()
-    _check_destination(out, overwrite)
     vocabulary = _load_tokenizer(tokenizer, run)
-    pending = out.with_name(out.name + files.PENDING)
-    files.remove_folder(pending)
-    files.make_folder(pending)
-    try:
-        summary = _write_weights(reader, run, entries, pending, dtype, shard_bytes, on_progress)
-        with files.disk_errors(pending):
-            _write_config(run, vocabulary, dtype, pending)
-            _copy_tokenizer(tokenizer, vocabulary, pending)
-            files.write_json(pending / MARKER, _describe(reader, run, table, summary))
-        _commit(pending, out)
-    except BaseException:
-        files.remove_folder(pending)
-        raise
-    return ExportSummary(out, **summary)
+    identity = conversion(reader, target, dtype, shard_bytes)
+    with working(out.resolve(), identity, MARKER, overwrite) as work:
+        stream = _Stream(reader, shape, entries, getattr(torch, dtype), shard_bytes, on_progress)
+        with _checked(reader, check_source) as checker:
+            summary = stream.write(work, checker)
+        _write_config(run, vocabulary, dtype, target, work.folder)
+        _copy_tokenizer(tokenizer, vocabulary, work.folder)
+        files.write_json(work.folder / MARKER, _describe(reader, run, identity, summary, work))
+        if check:
+            check(work.folder)
+    return ExportSummary(out.resolve(), **summary)
 
 
-def _check_destination(out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not (out / MARKER).is_file():
-        raise CheckpointError(f"{out}: exists and is no export; choose another folder")
-    if not overwrite:
-        raise CheckpointError(f"{out}: holds an export already; choose another folder, or overwrite it (--overwrite)")
+def conversion(reader: CheckpointReader, target: names.Format, dtype: str, shard_bytes: int) -> dict[str, Any]:
+    """What makes an export the same as another: the checkpoint, and what is asked for."""
+    return {
+        "format": target.name,
+        "manifest": reader.manifest_digest,
+        "dtype": dtype,
+        "shard_bytes": shard_bytes,
+    }
 
 
 def _load_tokenizer(path: Path | None, run: Run) -> Tokenizer | None:
@@ -114,56 +123,111 @@ def _load_tokenizer(path: Path | None, run: Run) -> Tokenizer | None:
     return tokenizer
 
 
-def _write_weights(
-    reader: CheckpointReader,
-    run: Run,
-    entries: list[names.Entry],
-    folder: Path,
-    dtype: Dtype,
-    shard_bytes: int,
-    on_progress: Progress | None,
-) -> dict[str, Any]:
-    """Writes the weight files and their index; returns the summary's numbers."""
-    number_format: torch.dtype = getattr(torch, dtype)
-    shards = _plan_shards(reader, run, entries, number_format.itemsize, shard_bytes)
-    placed: dict[str, str] = {}
-    elements = done = 0
-    for index, shard in enumerate(shards):
-        name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for entry in shard:
-            for published, part in names.split(entry, run.model, reader.read(entry.megatron)):
-                tensors[published] = part.to(number_format, memory_format=torch.contiguous_format, copy=True)
-            done += 1
-            if on_progress:
-                on_progress("writing tensors", done, len(entries))
-        _save_shard(tensors, folder / name)
-        placed |= dict.fromkeys(tensors, name)
-        elements += sum(tensor.numel() for tensor in tensors.values())
-    total = elements * number_format.itemsize
-    if len(shards) > 1:
-        files.write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": placed}
-        )
-    return {
-        "dtype": dtype,
-        "tensors": len(placed),
-        "parameters": elements,
-        "weight_files": len(shards),
-        "weight_bytes": total,
-    }
+@contextlib.contextmanager
+def _checked(reader: CheckpointReader, check: bool) -> Iterator[DigestCheck | None]:
+    if not check:
+        yield None
+        return
+    checker = DigestCheck(reader.folder, reader.manifest.files)
+    try:
+        yield checker
+        checker.finish()
+    finally:
+        checker.stop()
 
 
-def _plan_shards(
-    reader: CheckpointReader, run: Run, entries: list[names.Entry], itemsize: int, shard_bytes: int
-) -> list[list[names.Entry]]:
+class _Stream:
+    """The weight files of one export, written one after the other."""
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        shape: names.Shape,
+        entries: list[names.Entry],
+        dtype: torch.dtype,
+        shard_bytes: int,
+        on_progress: Progress | None,
+    ) -> None:
+        self._reader, self._shape, self._dtype = reader, shape, dtype
+        self._sizes = {
+            name: sizes
+            for entry in entries
+            for name, sizes in zip(entry.published, names.published_sizes(entry, shape), strict=True)
+        }
+        self._shards = self._plan(entries, shard_bytes)
+        self._total = sum(map(self._nbytes, entries))
+        self._meter = Meter("writing weights", self._total, on_progress)
+        self._blocks = Blocks()
+
+    def write(self, work: Work, checker: DigestCheck | None) -> dict[str, Any]:
+        """Writes what is not finished yet, and the index; returns the summary's numbers."""
+        placed: dict[str, str] = {}
+        for index, shard in enumerate(self._shards):
+            whole = len(self._shards) == 1
+            name = SAFETENSORS if whole else f"model-{index + 1:05d}-of-{len(self._shards):05d}.safetensors"
+            if name in work.finished:
+                self._meter.skip(sum(map(self._nbytes, shard)))
+            else:
+                self._write_file(name, shard, work, checker)
+            placed |= {published: name for entry in shard for published in entry.published}
+        if len(self._shards) > 1:
+            dump_index(work.folder, placed, self._total)
+        return {
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "tensors": len(placed),
+            "parameters": self._total // self._dtype.itemsize,
+            "weight_files": len(self._shards),
+            "weight_bytes": self._total,
+        }
+
+    def _write_file(self, name: str, shard: list[names.Entry], work: Work, checker: DigestCheck | None) -> None:
+        layout = {part: (self._dtype, self._sizes[part]) for entry in shard for part in entry.published}
+        sources = {}
+        path = work.folder / name
+        with files.disk_errors(path), SafetensorsWriter(path, layout, self._blocks) as writer:
+            for entry in shard:
+                tensor = self._read(entry.megatron)
+                sources[entry.megatron] = self._note(entry.megatron, tensor)
+                for published, part in names.split(entry, self._shape, tensor):
+                    writer.write(published, part)
+                self._meter.add(self._nbytes(entry))
+                if checker:
+                    checker.advance(self._meter.share)
+            written = writer.close()
+        work.note(name, written.bytes, written.digest, published=written.tensors, sources=sources)
+
+    def _read(self, megatron: str) -> Tensor:
+        """A tensor without the rows of a padded vocabulary, which differ from one layout to the next."""
+        tensor = self._reader.read(megatron)
+        return tensor[: self._shape.model.vocab_size] if megatron in names.VOCABULARY else tensor
+
+    def _note(self, megatron: str, tensor: Tensor) -> dict[str, Any]:
+        """What came in. Raises CheckpointError where it is not what was saved, by its norm."""
+        norm = Norm().add(tensor).value
+        saved = self._reader.manifest.tensors.get(megatron)
+        same = saved is not None and saved.shape == tuple(tensor.shape)  # else the vocabulary was padded
+        if saved and same and not math.isclose(norm, saved.norm, rel_tol=1e-4, abs_tol=1e-12):
+            raise CheckpointError(
+                f"{self._reader.folder}: {megatron} has a norm of {norm:.6g}, and the manifest says {saved.norm:.6g}; "
+                "use another checkpoint"
+            )
+        digest = xxhash.xxh3_128_hexdigest(as_bytes(tensor))
+        return {"dtype": str(tensor.dtype).removeprefix("torch."), "norm": norm, "xxh3": digest}
+
+    def _nbytes(self, entry: names.Entry) -> int:
+        return sum(math.prod(self._sizes[name]) for name in entry.published) * self._dtype.itemsize
+
+    def _plan(self, entries: list[names.Entry], shard_bytes: int) -> list[list[names.Entry]]:
+        return cut(entries, self._nbytes, shard_bytes)
+
+
+def cut(entries: list[names.Entry], nbytes: Callable[[names.Entry], int], most: int) -> list[list[names.Entry]]:
     """Entries in order, cut where the next one would make a file too large."""
     shards: list[list[names.Entry]] = [[]]
     size = 0
     for entry in entries:
-        shapes = entry.split(torch.empty(reader.shape(entry.megatron), device="meta"), run.model)
-        more = sum(part.numel() for part in shapes) * itemsize
-        if shards[-1] and size + more > shard_bytes:
+        more = nbytes(entry)
+        if shards[-1] and size + more > most:
             shards.append([])
             size = 0
         shards[-1].append(entry)
@@ -171,38 +235,55 @@ def _plan_shards(
     return shards
 
 
-def _save_shard(tensors: dict[str, Tensor], path: Path) -> None:
-    with files.disk_errors(path):
-        path.touch()
-        mode = path.stat().st_mode
-        try:
-            save_file(tensors, path, metadata={"format": "pt"})
-            path.chmod(mode)  # safetensors keeps its files to their owner; a shared export is for the team
-        except SafetensorError as error:
-            raise OSError(str(error)) from error  # it hides the errno of a full disk in its text
+class Meter:
+    """Bytes done of all, and how fast; files of an earlier process count as done, and not as fast."""
+
+    def __init__(self, what: str, total: int, on_progress: Progress | None) -> None:
+        self._what, self._total, self._report = what, max(total, 1), on_progress
+        self._done = self._skipped = 0
+        self._started = time.monotonic()
+
+    @property
+    def share(self) -> float:
+        """Of all, between 0 and 1."""
+        return self._done / self._total
+
+    def skip(self, nbytes: int) -> None:
+        """Takes in what was there already."""
+        self._skipped += nbytes
+        self.add(nbytes)
+
+    def add(self, nbytes: int) -> None:
+        """Takes in what was done, and tells."""
+        self._done += nbytes
+        if self._report:
+            rate = (self._done - self._skipped) / max(time.monotonic() - self._started, 1e-3)
+            note = f"{self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB, {rate / 1e6:.0f} MB/s"
+            self._report(self._what, self._done, self._total, note)
 
 
-def _write_config(run: Run, tokenizer: Tokenizer | None, dtype: Dtype, folder: Path) -> None:
+def _write_config(run: Run, tokenizer: Tokenizer | None, dtype: Dtype, target: names.Format, folder: Path) -> None:
     """config.json, generation_config.json, and the code they point to."""
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos} if tokenizer else {}
-    configuration, modeling = (name.removesuffix(".py") for name in CODE_FILES)
-    config = {
-        "architectures": ["CrystalCoderForCausalLM"],
-        "auto_map": {
+    config: dict[str, Any] = {"architectures": [target.architecture]}
+    if target.code_files:
+        configuration, modeling = (name.removesuffix(".py") for name in target.code_files)
+        config["auto_map"] = {
             "AutoConfig": f"{configuration}.CrystalCoderConfig",
             "AutoModel": f"{modeling}.CrystalCoderModel",
             "AutoModelForCausalLM": f"{modeling}.CrystalCoderForCausalLM",
-        },
-        **names.published_config(run),
+        }
+    config |= {
+        **target.published_config(run),
         "use_cache": True,
         "torch_dtype": dtype,
         "bos_token_id": None,
         "eos_token_id": None,
         **ends,
     }
-    files.write_json(folder / "config.json", config)
+    files.write_json(folder / CONFIG, config)
     files.write_json(folder / "generation_config.json", {**ends, "pad_token_id": tokenizer.eos} if tokenizer else {})
-    for name in CODE_FILES:
+    for name in target.code_files:
         shutil.copyfile(MODEL_CODE / name, folder / name)
 
 
@@ -218,19 +299,24 @@ def _copy_tokenizer(path: Path | None, tokenizer: Tokenizer | None, folder: Path
     files.write_json(folder / TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast", **ends})
 
 
-def _describe(reader: CheckpointReader, run: Run, table: names.Table, summary: dict[str, Any]) -> dict[str, Any]:
-    """The marker: what the export was made from."""
-    origin = {key: reader.manifest.get(key) for key in ("phase", "step", "tokens", "digest")}
-    return {"format": table.name, "run": run.name, **origin, **summary}
-
-
-def _commit(pending: Path, out: Path) -> None:
-    if not out.exists():
-        files.commit_folder(pending, out)
-        return
-    old = out.with_name(f"{out.name}.old{files.PENDING}")
-    files.remove_folder(old)
-    with files.disk_errors(out):
-        out.rename(old)
-    files.commit_folder(pending, out)
-    files.remove_folder(old)
+def _describe(
+    reader: CheckpointReader, run: Run, identity: dict[str, Any], summary: dict[str, Any], work: Work
+) -> dict[str, Any]:
+    """The marker: what the export was made from, and every tensor and file by digest, coming in and going out."""
+    manifest, done = reader.manifest, [(name, work.finished[name]) for name in sorted(work.finished)]
+    return {
+        "run": run.name,
+        "phase": manifest.phase,
+        "step": manifest.step,
+        "tokens_trained": manifest.tokens,
+        "digest": manifest.digest,
+        **identity,
+        **summary,
+        "files": {name: {"bytes": note["bytes"], "xxh3": note["xxh3"]} for name, note in done},
+        "published": {
+            tensor: {"file": name, "xxh3": digest}
+            for name, note in done
+            for tensor, digest in note["published"].items()
+        },
+        "sources": {tensor: about for _, note in done for tensor, about in note["sources"].items()},
+    }
