@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 from made_generations import EMBEDDING, Tensors, changed, make_generation, tensors, unstacked, write_tensors
+from ranks import Order, Ranks, look_in_step
 from safetensors.torch import save_file
 
+from crystal_hpc.config import derive
 from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Run
 from crystal_hpc.convert import compare as module
 from crystal_hpc.convert.compare import Comparison, compare, describe
 from crystal_hpc.errors import CheckpointError
+from crystal_hpc.report.inspection import inspect
 from crystal_hpc.train.distcp import Chunk, FileWriter, write_index
 from crystal_hpc.train.generations import keep
 from crystal_hpc.train.state import Position
@@ -243,6 +246,25 @@ def test_folders_of_hugging_face_are_compared_too(tmp_path: Path) -> None:
     assert compare(whole, publish("sharded", first, second)) == Comparison(same=3, numbers=16)
     (one,) = compare(whole, publish("other", first, other)).differences
     assert (one.first, one.values) == ((2,), (1.0, 2.0)) and "(layer 10), [3] bfloat16" in str(one)
+
+
+def test_runs_under_other_layouts_have_the_same_tensors_and_nearly_the_same_numbers(
+    one: Ranks, two: Ranks, new_run: Callable[..., Path]
+) -> None:
+    alone, place = new_run("alone"), "checkpoints/prose/step_00000002"
+    one.train(Order(alone, signal_at_look=look_in_step(2)))
+    for name, setting in (("tp", "parallel.tensor=2"), ("dp", "parallel.distributed_optimizer=true")):
+        shared = new_run(name, setting)
+        two.train(Order(shared, signal_at_look=look_in_step(2)))
+        found = compare(alone / place, shared / place, optimizer=True)
+        assert not (found.only_a or found.only_b or found.unlike), name
+        assert 0 < max(one.largest for one in found.differences) < 1e-4
+        assert compare(alone / place, shared / place, tolerance=1e-4, optimizer=True).equal
+        manifest, notes = inspect(shared / place, optimizer=True)
+        model = load_run(shared / "run.yaml").model
+        assert sum(math.prod(tensor.shape) for tensor in manifest.tensors.values()) == derive.parameters(model)
+        moments = [key for key in notes["keys"] if key.startswith("optimizer.state.exp_avg.")]
+        assert sum(math.prod(notes["keys"][key]["shape"]) for key in moments) == derive.parameters(model)
 
 
 def test_the_tool_ends_with_0_1_or_2(make: Make, tmp_path: Path) -> None:
