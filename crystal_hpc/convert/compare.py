@@ -7,6 +7,7 @@ model of any size fits into little memory. A stack of layers is compared layer b
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from crystal_hpc.convert.safetensors_io import SafetensorsFile
 from crystal_hpc.errors import CheckpointError
 from crystal_hpc.train.distcp import METADATA, Index, Reader, Request
 
@@ -50,6 +52,8 @@ class Side(Protocol):
     def read(self, tensor: Known, start: int, stop: int) -> Tensor:
         """Rows [start, stop) along the first axis; all of a tensor without axes."""
         ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,13 @@ def compare(
     """
     if not tolerance >= 0 or math.isinf(tolerance):
         raise CheckpointError(f"a tolerance of {tolerance} makes no sense; give 0 or a small number")
-    one, other = _open(a), _open(b)
+    with closing(_open(a)) as one, closing(_open(b)) as other:
+        return _compare_sides(a, b, one, other, tolerance, optimizer, on_progress)
+
+
+def _compare_sides(
+    a: Path, b: Path, one: Side, other: Side, tolerance: float, optimizer: bool, on_progress: OnProgress | None
+) -> Comparison:
     if type(one) is not type(other):
         raise CheckpointError(f"{a} and {b}: a checkpoint and a Hugging Face folder; compare two of one kind")
     names = {name: None for side in (one, other) for name in side.tensors if optimizer or not _OPTIMIZER.match(name)}
@@ -185,9 +195,9 @@ def _unequal(p: Tensor, q: Tensor, tolerance: float) -> Tensor:
 def _open(folder: Path) -> Side:
     if (folder / METADATA).exists():
         return _Checkpoint(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return _Published(files)
+    paths = sorted(folder.glob("*.safetensors"))
+    if paths:
+        return _Published(paths)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     raise CheckpointError(
@@ -220,31 +230,31 @@ class _Checkpoint:
         self._reader.read([Request(tensor.key, place, stacked)])
         return target
 
+    def close(self) -> None:
+        """Nothing is held open."""
+
 
 class _Published:
     """The safetensors files of a Hugging Face folder."""
 
-    def __init__(self, files: list[Path]) -> None:
-        from safetensors import SafetensorError, safe_open
-
+    def __init__(self, paths: list[Path]) -> None:
         self.tensors: dict[str, Known] = {}
-        self._of: dict[str, Any] = {}
-        for path in files:
-            try:
-                opened: Any = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: cannot be read ({error})") from error
-            for key in opened.keys():  # noqa: SIM118  it is no mapping
-                part = opened.get_slice(key)
-                shape = tuple(part.get_shape())
-                dtype = part[:0].dtype if shape else opened.get_tensor(key).dtype
-                self.tensors[key] = Known(key, None, shape, dtype)
-                self._of[key] = opened
+        self._of: dict[str, SafetensorsFile] = {}
+        self._files: list[SafetensorsFile] = []
+        for path in paths:
+            file = SafetensorsFile(path)
+            self._files.append(file)
+            for key, stored in file.tensors.items():
+                if key in self._of:
+                    raise CheckpointError(f"{path}: has {key}, which {self._of[key].path.name} has, too")
+                self.tensors[key], self._of[key] = Known(key, None, stored.shape, stored.dtype), file
 
     def read(self, tensor: Known, start: int, stop: int) -> Tensor:
-        opened = self._of[tensor.key]
-        read: Tensor = opened.get_slice(tensor.key)[start:stop] if tensor.shape else opened.get_tensor(tensor.key)
-        return read
+        return self._of[tensor.key].read(tensor.key, start, stop)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
 
 
 def describe(found: Comparison, every: bool = False, tolerance: float = 0.0) -> str:

@@ -292,8 +292,11 @@ def test_folders_that_cannot_be_compared_are_refused(make: Make, tmp_path: Path)
     for tolerance in (-1.0, math.nan, math.inf):
         with pytest.raises(CheckpointError, match="makes no sense"):
             compare(a, a, tolerance)
+    save_file({"x": torch.ones(2)}, tmp_path / "hf" / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: has x, which model\.safetensors has, too"):
+        compare(tmp_path / "hf", tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"no header")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is no intact safetensors file"):
         compare(tmp_path / "hf", tmp_path / "hf")
 
 
