@@ -43,6 +43,7 @@ WITHOUT_TORCH = [
     "jobs.batch",
     "report.plan",
     "report.checkpoints",
+    "report.inspection",
     "cli_checkpoints",
     "train.generations",
     "train.retention",

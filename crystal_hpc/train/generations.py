@@ -110,13 +110,7 @@ def _examine(folder: Path, run: Run, digest: str) -> Generation | str | None:
     if reason:
         return reason
     position = Position.from_named(run, {"phase": manifest.phase, "step": manifest.step})
-    # A mark that cannot be made out: better verified again than taken on trust, and better kept than deleted.
-    verified, kept = _read_note(folder / VERIFIED), _read_note(folder / KEPT)
-    if kept is not None and not isinstance(kept.get("name"), str):
-        kept = {"name": f"by a damaged {KEPT}", "time": 0.0}
-    if verified is not None and not isinstance(verified.get("time"), int | float):
-        verified = None
-    return Generation(folder, position, manifest, verified, kept)
+    return Generation(folder, position, manifest, read_verified(folder), read_kept(folder))
 
 
 def _misplaced(folder: Path, manifest: Manifest, run: Run, digest: str) -> str | None:
@@ -133,6 +127,23 @@ def _misplaced(folder: Path, manifest: Manifest, run: Run, digest: str) -> str |
     if not 0 <= manifest.step <= derive.phase_steps(phase):
         return f"is of step {manifest.step}, and phase {phase.name} has {derive.phase_steps(phase)} steps"
     return None
+
+
+# Of a mark that cannot be made out: better verified again than taken on trust, and better kept than deleted.
+
+
+def read_verified(folder: Path) -> dict[str, Any] | None:
+    """`time` and `by`, if all bytes of the generation have been read back and compared."""
+    note = _read_note(folder / VERIFIED)
+    return note if note and isinstance(note.get("time"), int | float) else None
+
+
+def read_kept(folder: Path) -> dict[str, Any] | None:
+    """`name` and `time`, if the generation is kept by name."""
+    note = _read_note(folder / KEPT)
+    if note is not None and not isinstance(note.get("name"), str):
+        return {"name": f"by a damaged {KEPT}", "time": 0.0}
+    return note
 
 
 def _read_note(path: Path) -> dict[str, Any] | None:

@@ -91,11 +91,7 @@ def test_what_does_not_count_stands_below_the_table(crystal: Callable[..., Resul
     (generation_folder(folder, run, Position(0, 4)) / "manifest.json").write_text("{")
     said = crystal().stdout.splitlines()
     assert said[0] == "0 checkpoints, 0 bytes"
-    assert (
-        said[1].startswith("damaged: ")
-        and "step_00000004: manifest.json: is of format None" in said[1]
-        or ("step_00000004: manifest.json: damaged" in said[1])
-    )
+    assert said[1].startswith("damaged: ") and "step_00000004: manifest.json: damaged (" in said[1]
     assert said[1].endswith("the next start of the run moves it to quarantine")
     assert said[2].endswith("quarantine/prose-step_00000001: __0_0.distcp is missing")
     assert [line.split(":")[0] for line in said[3:]] == ["pending", "pending"]
