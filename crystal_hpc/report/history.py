@@ -4,6 +4,7 @@ The report's first half: jobs and ranks write the folder, this module reads it (
 is a reader of evidence: a damaged or half-written record is left out and named in `notes`, never guessed at.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its size in bytes, and the seconds it took to save."""
+    """A complete checkpoint: its size in bytes, and the seconds it took to save, beside training or not."""
 
     phase: str
     step: int
@@ -120,6 +121,15 @@ class Checkpoint:
     why: str
     bytes: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint that was made, and may be deleted since; `stood_still`: seconds that training waited for it."""
+
+    phase: str
+    step: int
+    stood_still: float
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,7 @@ class History:
     attempts: list[Attempt] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
     exports: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -180,6 +191,9 @@ def read_history(run_folder: Path) -> History:
     history.evaluations = sorted(_records(history, "evals/*.json", _evaluation), key=lambda found: found.tokens)
     checkpoints = _records(history, "checkpoints/*/step_*/manifest.json", _checkpoint)
     history.checkpoints = sorted(checkpoints, key=lambda found: (found.tokens, found.step))
+    for line in files.read_lines(run_folder / "saves.jsonl"):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            history.saves.append(Save(str(line["phase"]), int(line["step"]), float(line["stood_still"])))
     exports = (path.name for path in run_folder.glob("exports/*/"))
     history.exports = sorted(name for name in exports if not name.endswith(files.PENDING))
     return history
@@ -189,7 +203,7 @@ def time_spent(history: History) -> dict[str, float]:
     """Seconds by what they went into, from the first start to the last sign of life.
 
     Start-up is measured: from an attempt's start to the beginning of its first step, and all of it where no step was
-    reached. Saving counts the checkpoints that still exist. What nothing accounts for is "other".
+    reached. Saving is what training stood still for. What nothing accounts for is "other".
     """
     if not history.attempts:
         return {}
@@ -205,7 +219,7 @@ def time_spent(history: History) -> dict[str, float]:
         "data wait": math.fsum(step.wait for step in history.steps),
         "steps redone": math.fsum(step.seconds for step in history.redone),
         "start-up": math.fsum(max(wait, 0) for wait in waits),
-        "saving": math.fsum(found.seconds for found in history.checkpoints),
+        "saving": math.fsum(save.stood_still for save in history.saves),
     }
     spent["other"] = max(alive - math.fsum(spent.values()), 0)
     spent["between attempts"] = max(wall - alive, 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from crystal_hpc import files
 from crystal_hpc.config import derive
-from crystal_hpc.config.units import format_count
+from crystal_hpc.config.units import format_bytes, format_count
 from crystal_hpc.report import chart
 from crystal_hpc.report.chart import duration, text
 from crystal_hpc.report.history import (
@@ -277,12 +277,19 @@ def _time(history: History) -> Iterator[str]:
 
 def _checkpoints(history: History) -> Iterator[str]:
     yield "<section><h2>Checkpoints and exports</h2>"
+    waited = {(save.phase, save.step): duration(save.stood_still) for save in history.saves}
     rows = [
-        [f"{found.phase} {found.step:,}", found.why, _count(found.tokens), _size(found.bytes), duration(found.seconds)]
+        [
+            *(f"{found.phase} {found.step:,}", found.why, _count(found.tokens), format_bytes(found.bytes)),
+            *(duration(found.seconds), waited.get((found.phase, found.step), _DASH)),
+        ]
         for found in history.checkpoints
     ]
     if rows:
-        yield _table(["steps done", "why", "tokens", "size", "saved in"], rows, words=2)
+        yield _table(["steps done", "why", "tokens", "size", "saved in", "training stood still"], rows, words=2)
+        if len(history.saves) > len(rows):
+            still = duration(math.fsum(save.stood_still for save in history.saves))
+            yield f"<p>Of {len(history.saves):,} made, for which training stood still {text(still)} in all.</p>"
     else:
         yield "<p>No complete checkpoint is kept.</p>"
     if history.exports:
@@ -331,11 +338,6 @@ def _swatch(tone: str, name: str) -> str:
 
 def _code(value: str) -> str:
     return _Markup(f"<code>{text(value)}</code>")
-
-
-def _size(count: int) -> str:
-    unit = next((unit for unit in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)) if count >= unit[1]), ("kB", 10**3))
-    return f"{count / unit[1]:.3g} {unit[0]}"
 
 
 def _plural(count: int, thing: str) -> str:

@@ -9,31 +9,30 @@ Periodic saves are asynchronous: training goes on while they are written. At mos
 every step boundary whether their part is finished, so that committing needs no message of its own.
 """
 
+import contextlib
 import shutil
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from crystal_hpc import files, provenance
-from crystal_hpc.config import derive
+from crystal_hpc import files
 from crystal_hpc.config.schema import Run
 from crystal_hpc.config.units import format_bytes
 from crystal_hpc.data.order import PhaseOrder
 from crystal_hpc.errors import CheckpointError, CrystalError, DiskError
 from crystal_hpc.log import log
-from crystal_hpc.train import distcp, optim, retention, sharding
+from crystal_hpc.train import distcp, optim, record, retention, sharding
 from crystal_hpc.train.generations import generation_folder, keep
-from crystal_hpc.train.manifest import MANIFEST, FileEntry, Manifest, TensorEntry, Why
+from crystal_hpc.train.manifest import MANIFEST, Manifest, Why
 from crystal_hpc.train.state import Position
 from crystal_hpc.train.step import Trainer
 from crystal_hpc.train.writing import CopyBuffer, RankResult, RankWriter
 
+SAVES = "saves.jsonl"
+"""In the run folder: a line for each checkpoint when it has become durable, whether or not it is kept."""
 TRIGGER = "save"
 """A file of this name in the run folder asks for a save; what is in it, if anything, names the checkpoint for good."""
 MOST_FAILURES = 3
@@ -69,6 +68,8 @@ class Saver:
         self._buffer = CopyBuffer()
         self._under_way: _UnderWay | None = None
         self._began = time.monotonic()
+        self._stood_still = 0.0
+        self._since: float | None = None
         self._failures = 0
         self._pruning: threading.Thread | None = None
 
@@ -80,7 +81,8 @@ class Saver:
     def before_update(self) -> None:
         """Returns once the optimizer may change the state."""
         if self._under_way:
-            self._under_way.writer.wait_until_copied()
+            with self._standing_still():
+                self._under_way.writer.wait_until_copied()
 
     def vote(self) -> int:
         """1 if this rank's part of the save under way is finished."""
@@ -100,6 +102,10 @@ class Saver:
         Returns the position that is durable now and was not before, if any. A periodic save that fails costs a
         warning, and the third in a row is an error.
         """
+        with self._standing_still():
+            return self._begin(position, why)
+
+    def _begin(self, position: Position, why: Why) -> Position | None:
         durable = self.finish()
         name = self._asked_name()
         if name is not None:
@@ -119,10 +125,11 @@ class Saver:
         What is under way is finished first if it is this very state or nearly done, and given up otherwise.
         Raises DiskError where the file system refuses, CheckpointError for stale weights.
         """
-        self._settle(position)
-        self._start(position, why, "", None)
-        if self._under_way:
-            self._commit()
+        with self._standing_still():
+            self._settle(position)
+            self._start(position, why, "", None)
+            if self._under_way:
+                self._commit()
 
     def finish(self) -> Position | None:
         """Waits for the save under way, and commits it; returns its position if that went well."""
@@ -130,7 +137,8 @@ class Saver:
             return None
         position = self._under_way.position
         try:
-            self._commit()
+            with self._standing_still():
+                self._commit()
         except DiskError as error:
             self._failed(error)
             return None
@@ -141,6 +149,28 @@ class Saver:
         """Waits for deletions."""
         if self._pruning:
             self._pruning.join()
+
+    @contextlib.contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """Counts the time in the block as time in which training waits for a save."""
+        outermost = self._since is None
+        if outermost:
+            self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            if outermost:
+                self._stood_still += time.perf_counter() - (self._since or 0.0)
+                self._since = None
+
+    def _note(self, manifest: Manifest) -> None:
+        """Adds the save to the run's history; how long training has stood still for it counts up to here."""
+        now = time.perf_counter()
+        stood_still = self._stood_still + now - (self._since or now)
+        self._stood_still, self._since = 0.0, now
+        about = {name: getattr(manifest, name) for name in ("phase", "step", "tokens", "why", "bytes", "seconds")}
+        with contextlib.suppress(DiskError):  # the save itself is what counts
+            files.append_line(self._folder / SAVES, {**about, "stood_still": stood_still, "time": time.time()})
 
     def _failed(self, error: DiskError) -> None:
         self._failures += 1
@@ -228,8 +258,8 @@ class Saver:
         try:
             with files.disk_errors(pending):
                 distcp.write_index(pending, [place for result in results for place in result.file.placed])
-                manifest = self._manifest(results)
-                self._refuse_stale(manifest)
+                manifest = self._described(results)
+                record.refuse_stale(self._run, self._last, manifest)
                 manifest.write(pending)
                 files.commit_folder(pending, final)
                 self._name(final)
@@ -239,48 +269,25 @@ class Saver:
             problem: BaseException = _sendable(error)
             return problem
         self._last = manifest
+        self._note(manifest)
         if self._under_way.why not in ("preempted", "time limit"):  # those are in a hurry
             self._prune()
         return None
 
-    def _manifest(self, results: list[RankResult]) -> Manifest:
-        assert self._under_way
-        position, pending, run = self._under_way.position, self._under_way.pending, self._run
-        written = {result.file.name: FileEntry(result.file.bytes, result.file.digest) for result in results}
-        small = sorted(path for path in pending.iterdir() if path.name not in written)
-        return Manifest(
-            kind="training",
-            run=run.name,
-            digest=derive.run_digest(run),
-            phase=run.phases[position.phase].name,
-            step=position.step,
-            tokens=position.tokens(run),
-            why=self._under_way.why,
-            layout={"ranks": self._comm.size, **run.parallel.model_dump()},
-            precision=run.precision,
-            ledger=ledger(run, self._orders, position),
-            optimizer={"steps": self._under_way.steps},
-            files=written | {path.name: FileEntry(path.stat().st_size, files.digest_file(path)) for path in small},
-            tensors=_tensors(results),
-            commit=provenance.commit(),
-            versions=provenance.versions(),
-            created=time.time(),
-            seconds=time.time() - self._under_way.began,
-            weights=_digest_of_weights(results),
+    def _described(self, results: list[RankResult]) -> Manifest:
+        save = self._under_way
+        assert save
+        return record.describe(
+            results,
+            save.pending,
+            run=self._run,
+            position=save.position,
+            ledger=record.ledger(self._run, self._orders, save.position),
+            why=save.why,
+            ranks=self._comm.size,
+            adam_steps=save.steps,
+            began=save.began,
         )
-
-    def _refuse_stale(self, manifest: Manifest) -> None:
-        """Steps change weights: if they are those of the generation before, bit for bit, something writes old ones."""
-        last = self._last
-        if last is None or last.weights != manifest.weights or last.layout != manifest.layout:
-            return
-        then, now = (Position.from_named(self._run, {"phase": m.phase, "step": m.step}) for m in (last, manifest))
-        if any(rate > 0 for rate in _rates(self._run, then, now)):
-            raise CheckpointError(
-                f"the weights after step {now.step} of phase {manifest.phase} are, bit for bit, those after step "
-                f"{then.step} of phase {last.phase}, though steps passed: nothing was saved, and the run stops; the "
-                "checkpoint before it is kept"
-            )
 
     def _name(self, final: Path) -> None:
         assert self._under_way
@@ -308,19 +315,6 @@ class Saver:
         return answer
 
 
-def ledger(run: Run, orders: Sequence[PhaseOrder], position: Position) -> dict[str, dict[str, dict[str, int]]]:
-    """Samples and tokens that the run has consumed, by phase and source: a consequence of the position."""
-    found = {}
-    for index, (phase, order) in enumerate(zip(run.phases, orders, strict=True)):
-        steps = derive.phase_steps(phase) if index < position.phase else position.step
-        if index <= position.phase:
-            consumed = order.consumed(steps * phase.batch_size)
-            found[phase.name] = {
-                name: {"samples": count, "tokens": count * phase.sequence_length} for name, count in consumed.items()
-            }
-    return found
-
-
 def _prune(folder: Path, run: Run) -> None:
     try:
         retention.prune(folder, run)
@@ -333,35 +327,3 @@ def _sendable(result: Any) -> Any:
     if not isinstance(result, BaseException) or isinstance(result, CrystalError | OSError):
         return result
     return RuntimeError(f"{type(result).__name__}: {result}")
-
-
-def _tensors(results: list[RankResult]) -> dict[str, TensorEntry]:
-    """Shape, dtype and norm of each tensor of the model."""
-    squares: dict[tuple[str, int | None], float] = defaultdict(float)
-    for result in results:
-        for at, value in result.squares.items():
-            squares[at] += value
-    about = {place.key: place for result in results for place in result.file.placed}
-    found = {}
-    for (key, layer), value in squares.items():
-        place = about[key]
-        shape = place.shape if layer is None else place.shape[1:]
-        name = sharding.name_in_model(key, layer)
-        found[name] = TensorEntry(tuple(shape), str(place.dtype).removeprefix("torch."), value**0.5)
-    return dict(sorted(found.items()))
-
-
-def _digest_of_weights(results: list[RankResult]) -> str:
-    boxes = sorted(box for result in results for box in result.weights.items())
-    return xxhash.xxh3_128_hexdigest(repr(boxes).encode())
-
-
-def _rates(run: Run, then: Position, now: Position) -> list[float]:
-    """The learning rates of the steps between two positions."""
-    found = []
-    for index in range(then.phase, now.phase + 1):
-        phase = run.phases[index]
-        first = then.step if index == then.phase else 0
-        last = now.step if index == now.phase else derive.phase_steps(phase)
-        found += [derive.learning_rate(phase, step) for step in range(first, last)]
-    return found

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from crystal_hpc import files
 from crystal_hpc.config import derive
 from crystal_hpc.config.load import dump_yaml
 from crystal_hpc.config.schema import Run
@@ -101,6 +102,7 @@ class RunFolder:
             "created": self.clock,
         }  # fmt: skip
         self.write(f"checkpoints/{phase}/step_{step:08d}/manifest.json", entry)
+        files.append_line(self.path / "saves.jsonl", {"phase": phase, "step": step, "stood_still": 0.5})
 
     def _plan(self) -> dict[str, Any]:
         phases = []
