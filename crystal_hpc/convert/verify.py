@@ -25,6 +25,9 @@ from crystal_hpc.convert.reader import CheckpointReader
 from crystal_hpc.errors import CheckpointError
 from crystal_hpc.model import backend, gpt, parallel
 
+with backend.quiet():
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
 # Float32 rounds to 6e-8 of a value. Sums of some thousand terms, taken in another order, differ by some 1e-6 of the
 # largest; a few dozen layers add up to 1e-5. A tensor swapped, transposed or left out changes logits by about 1.
 TOLERANCE = 1e-4
@@ -115,11 +118,14 @@ def _round(model: Any, dtype: torch.dtype | None) -> None:
 
 
 def _load_model(model: Any, reader: CheckpointReader) -> None:
-    """Fills each parameter from the checkpoint's tensor of that name; the optimizer's are not read."""
-    parameters = dict(model.named_parameters())
-    if missing := sorted(parameters.keys() ^ set(reader.names())):
-        raise CheckpointError(f"{reader.folder}: {missing[0]} is in the model or in the checkpoint, but not in both")
-    for name, parameter in parameters.items():
-        tensor = reader.read(name)
-        # The vocabulary may have been padded for tensor parallelism.
-        parameter.copy_(tensor[: len(parameter)] if tensor.ndim == 2 else tensor)
+    """Fills the parameters; Megatron says under which key each, or each half of a SwiGLU's, is stored."""
+    with backend.quiet():
+        placed = model.sharded_state_dict()
+    for piece in (piece for entry in placed.values() for piece in _pieces(entry)):
+        alone = (1,) * piece.prepend_axis_num
+        reader.read_box(piece.key, tuple(piece.global_offset), piece.data.view(*alone, *piece.data.shape))
+
+
+def _pieces(entry: Any) -> list[Any]:
+    built = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+    return [piece for piece in built if isinstance(piece, ShardedTensor)]
