@@ -239,7 +239,7 @@ def _described(tensor: Tensor) -> dict[str, Any]:
 
 
 def _manifest(source: Source, precision: str, work: Work, started: float) -> Manifest:
-    tensors = {name: about for note in work.finished.values() for name, about in note["tensors"].items()}
+    tensors = {name: about for _, note in sorted(work.finished.items()) for name, about in note["tensors"].items()}
     for name, about in tensors.items():
         if not math.isfinite(about["norm"]):
             raise CheckpointError(f"{source.folder.folder}: {name} would hold numbers that are infinite or none at all")
