@@ -55,6 +55,13 @@ def test_a_crystalcoder_config_without_multipliers_is_a_model_without_mup() -> N
     assert CRYSTALCODER.read_config(plain) == (Shape(CRYSTAL), 1024)
 
 
+def test_the_share_of_a_head_that_is_rotated_gives_back_every_number_of_dimensions() -> None:
+    # 26 / 46 x 46 is less than 26 in floating point, and would round down to 25.
+    for width, rotated in ((w, r) for w in range(2, 130, 2) for r in range(0, w + 1, 2)):
+        config = {**RELEASED, "n_embd": width, "n_head": 1, "rotary_dim": rotated, "mup_width_scale": 1.0}
+        assert CRYSTALCODER.read_config(config)[0].rotated == rotated
+
+
 PLAIN_LLAMA = {
     "model_type": "llama",
     "vocab_size": 61,

@@ -1,6 +1,6 @@
 """Reads the fields of somebody's config.json into ours, and gathers what our model cannot do, field by field.
 
-Formats ask for each field they know; the first error they raise, in `model`, tells of all of them. Fields that no
+Formats ask for each field they know; the one error, raised by `shape`, tells of all of them. Fields that no
 format asks for (dropout, caching, token ids) say nothing about what a trained model computes.
 """
 
