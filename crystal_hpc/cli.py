@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from crystal_hpc import __version__
+from crystal_hpc.cli_checkpoints import checkpoints
 from crystal_hpc.cli_data import data, with_progress
 from crystal_hpc.errors import CrystalError
 
@@ -207,6 +208,7 @@ def report(run: Path) -> None:
     click.echo(write_report(run))
 
 
+main.add_command(checkpoints)
 main.add_command(data)
 
 

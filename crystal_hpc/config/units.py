@@ -46,3 +46,11 @@ def format_seconds(seconds: float) -> str:
         if seconds >= large:
             return f"{int(seconds // large)}{name} {int(seconds % large // small):02d}{subname}"
     raise AssertionError(seconds)
+
+
+def format_bytes(count: float) -> str:
+    """A size in three significant digits and a decimal unit, as disks are sold: 92.1 GB, 640 bytes."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"

@@ -20,7 +20,8 @@ from crystal_hpc.convert.readback import check_export, check_import
 from crystal_hpc.convert.reader import CheckpointReader
 from crystal_hpc.errors import CheckpointError, CrystalError, RunError
 from crystal_hpc.progress import Progress
-from crystal_hpc.train.manifest import MANIFEST, Manifest, read_manifest
+from crystal_hpc.train.generations import generations
+from crystal_hpc.train.manifest import MANIFEST
 
 Verify = Literal["all", "weights", "none"]
 VERIFY: tuple[Verify, ...] = get_args(Verify)
@@ -90,17 +91,10 @@ def export_share(
 
 def find_checkpoints(folder: Path, run: Run, phase: str | None, step: int | None) -> list[Path]:
     """The checkpoints that fit, oldest first. Raises CheckpointError where there is none, naming those that exist."""
-    order = [one.name for one in run.phases]
-    found: list[tuple[int, int, Path, Manifest]] = []
-    for path in sorted((folder / "checkpoints").glob(f"*/step_*/{MANIFEST}")):
-        if not path.parent.name.endswith(files.PENDING):
-            manifest = read_manifest(path.parent)
-            number = order.index(manifest.phase) if manifest.phase in order else -1
-            found.append((number, manifest.step, path.parent, manifest))
-    found.sort(key=lambda one: one[:2])
-    wanted = [path for _, at, path, manifest in found if phase in (None, manifest.phase) and step in (None, at)]
+    found = generations(folder, run)
+    wanted = [one.folder for one in found if phase in (None, one.manifest.phase) and step in (None, one.position.step)]
     if not wanted:
-        there = ", ".join(f"{manifest.phase} {at}" for _, at, _, manifest in found) or "none yet"
+        there = ", ".join(f"{one.manifest.phase} {one.position.step}" for one in found) or "none yet"
         raise CheckpointError(f"{folder}: no such checkpoint; there are: {there}")
     return wanted
 

@@ -305,7 +305,7 @@ def _placed(note: dict[str, Any]) -> distcp.Placed:
     return distcp.Placed(**{**note, **boxes, "dtype": getattr(torch, note["dtype"])})
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 

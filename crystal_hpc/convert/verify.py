@@ -24,9 +24,7 @@ from crystal_hpc.convert.hf_folder import MARKER
 from crystal_hpc.convert.reader import CheckpointReader
 from crystal_hpc.errors import CheckpointError
 from crystal_hpc.model import backend, gpt, parallel
-
-with backend.quiet():
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from crystal_hpc.train.restore import load_weights
 
 # Float32 rounds to 6e-8 of a value. Sums of some thousand terms, taken in another order, differ by some 1e-6 of the
 # largest; a few dozen layers add up to 1e-5. A tensor swapped, transposed or left out changes logits by about 1.
@@ -103,7 +101,7 @@ def _trained_logits(reader: CheckpointReader, run: Run, rows: Tensor, rounded: t
         try:
             torch.set_num_threads(threads)
             model = gpt.build(alone, layout).eval()
-            _load_model(model, reader)
+            load_weights(model, reader.folder, layout.comm)
             _round(model, rounded)
             ids = rows.to(backend.device())
             positions = torch.arange(rows.shape[1], device=ids.device).expand_as(ids)
@@ -115,17 +113,3 @@ def _trained_logits(reader: CheckpointReader, run: Run, rows: Tensor, rounded: t
 def _round(model: Any, dtype: torch.dtype | None) -> None:
     for parameter in model.parameters() if dtype else ():
         parameter.copy_(parameter.to(dtype))
-
-
-def _load_model(model: Any, reader: CheckpointReader) -> None:
-    """Fills the parameters; Megatron says under which key each, or each half of a SwiGLU's, is stored."""
-    with backend.quiet():
-        placed = model.sharded_state_dict()
-    for piece in (piece for entry in placed.values() for piece in _pieces(entry)):
-        alone = (1,) * piece.prepend_axis_num
-        reader.read_box(piece.key, tuple(piece.global_offset), piece.data.view(*alone, *piece.data.shape))
-
-
-def _pieces(entry: Any) -> list[Any]:
-    built = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-    return [piece for piece in built if isinstance(piece, ShardedTensor)]

@@ -73,6 +73,10 @@ class Batch:
         """Closes the journal and acts on the verdict; returns the job's exit code."""
         if self.kind != "train":
             return self._end_side_job(status)
+        note = journal.first_error(self.folder, self.job, self.launch)
+        if note and note.get("taken"):
+            log.error("%s", note["reason"])
+            return RunError.exit_code  # not our run: its journal and its chain are left alone
         self._close(status)
         attempts = journal.read_attempts(self.folder)
         cancelled = journal.cancel_marker(self.folder).exists()

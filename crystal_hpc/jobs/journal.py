@@ -8,15 +8,13 @@ script of the job, the next attempt, or `crystal status`.
 
 import os
 import platform
-import subprocess
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from crystal_hpc import files
+from crystal_hpc import files, provenance
 from crystal_hpc.errors import SlurmError
 from crystal_hpc.jobs import slurm
 from crystal_hpc.jobs.place import Place
@@ -32,7 +30,6 @@ OUTCOMES = (
     "cancelled",
 )
 TOGETHER = 4.0  # seconds in which ranks that wait for the same one give up; less than train.watchdog.MOMENT
-PACKAGES = ("crystal-hpc", "torch", "megatron-core", "transformer-engine", "numpy", "h5py", "submitit", "tokenizers")
 
 Entry = dict[str, Any]
 
@@ -60,8 +57,8 @@ def open_attempt(run_folder: Path, place: Place, until: str | None) -> Entry:
         "pids": {"0": os.getpid()},
         "started": time.time(),
         "first_step": None,
-        "commit": _commit(),
-        "versions": _versions(),
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
         "backend": None,
         "startup": {},
         "ended": None,
@@ -92,9 +89,18 @@ def close(run_folder: Path, entry: Entry, outcome: str, reason: str, **fields: A
 
 
 def note_error(
-    run_folder: Path, place: Place, outcome: str, reason: str, mistake: bool = False, hang: bool = False
+    run_folder: Path,
+    place: Place,
+    outcome: str,
+    reason: str,
+    mistake: bool = False,
+    hang: bool = False,
+    taken: bool = False,
 ) -> None:
-    """Leaves word of what made this rank fail; a user's `mistake` would only fail again."""
+    """Leaves word of what made this rank fail; a user's `mistake` would only fail again.
+
+    `taken`: another job has the run (`lock`), so that nothing of this one belongs into its history.
+    """
     path = run_folder / "attempts" / f"{place.start}.rank{place.rank}.error.json"
     said = {
         "rank": place.rank,
@@ -103,6 +109,7 @@ def note_error(
         "reason": reason,
         "mistake": mistake,
         "hang": hang,
+        "taken": taken,
     }
     files.write_json(path, {"time": time.time(), **said})
 
@@ -192,28 +199,3 @@ def _is_ours(pid: int, started: float) -> bool:
         return bool(process.status() != psutil.STATUS_ZOMBIE and process.create_time() < started + 60)
     except psutil.Error:
         return False
-
-
-def _commit() -> str | None:
-    """The git commit of the package, marked `+` if the tree differs from it; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = _git(here, "rev-parse", "--short=12", "HEAD")
-        return commit + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

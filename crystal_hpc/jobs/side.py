@@ -64,8 +64,8 @@ class EvaluateTask:
         setup_logging(place.rank, place.job, 0)
 
         from crystal_hpc.jobs import training
-        from crystal_hpc.train.checkpoint import load_model
         from crystal_hpc.train.evaluate import evaluate_phase
+        from crystal_hpc.train.restore import load_model
         from crystal_hpc.train.state import Position
 
         session = training.start(self.run_folder, place)

@@ -22,7 +22,7 @@ import submitit
 
 from crystal_hpc import files
 from crystal_hpc.errors import CheckpointError, CrystalError
-from crystal_hpc.jobs import journal
+from crystal_hpc.jobs import journal, lock
 from crystal_hpc.jobs.launch import read_launch
 from crystal_hpc.jobs.local_disk import copy_before_training
 from crystal_hpc.jobs.place import Place, my_place
@@ -92,6 +92,7 @@ class _Attempt:
     def _open(self) -> None:
         if self.place.rank == 0:
             files.make_folder(self.folder / "attempts")
+            self._lock = lock.take(self.folder, self.place)  # kept: it goes with the process
             self.entry = journal.open_attempt(self.folder, self.place, self.until)
         setup_logging(self.place.rank, self.place.job, self.entry.get("attempt", 0))
 
@@ -177,7 +178,8 @@ class _Attempt:
         mistake = isinstance(error, CrystalError)
         reason = str(error) if mistake else f"{type(error).__name__}: {error}"
         log.error("%s", reason, exc_info=None if mistake else error)
-        journal.note_error(self.folder, self.place, _outcome_of(error), reason.splitlines()[0], mistake)
+        taken = isinstance(error, lock.RunIsTaken)
+        journal.note_error(self.folder, self.place, _outcome_of(error), reason.splitlines()[0], mistake, taken=taken)
         if self.place.rank == 0 and self.entry:
             time.sleep(0.5)
             first = journal.first_error(self.folder, self.place.job, self.place.launch)

@@ -1,164 +1,367 @@
-"""Generations of a run's state: where they are, when they count, and which one a new attempt starts from.
+"""Saving a run's state so that it counts only when all of it is on disk. `restore` is the way back.
 
-`checkpoints/<phase>/step_00001500/` holds Megatron's files and, written last, `manifest.json`: the position, what run
-it belongs to, and every file's size and digest. Saving goes to `step_00001500.pending` first; one rename makes it a
-generation. A folder without a manifest, or under a pending name, was cut short and is never read.
+Every rank writes its own boxes of the state into a file of its own (`sharding`, `writing`, `distcp`) in
+`checkpoints/<phase>/step_00001500.pending`, and takes digests of what it hands to the disk. When all have, rank 0 adds
+the index and, last, `manifest.json`; one rename then makes the folder a generation. A kill at any instant leaves
+either nothing that counts or all of it.
+
+Periodic saves are asynchronous: training goes on while they are written. At most one is under way. The ranks vote at
+every step boundary whether their part is finished, so that committing needs no message of its own.
 """
 
+import shutil
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crystal_hpc import files
+import xxhash
+
+from crystal_hpc import files, provenance
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Run
-from crystal_hpc.errors import CheckpointError
-from crystal_hpc.train import torch_dist
+from crystal_hpc.config.units import format_bytes
+from crystal_hpc.data.order import PhaseOrder
+from crystal_hpc.errors import CheckpointError, CrystalError, DiskError
+from crystal_hpc.log import log
+from crystal_hpc.train import distcp, optim, retention, sharding
+from crystal_hpc.train.generations import generation_folder, keep
+from crystal_hpc.train.manifest import MANIFEST, FileEntry, Manifest, TensorEntry, Why
 from crystal_hpc.train.state import Position
 from crystal_hpc.train.step import Trainer
+from crystal_hpc.train.writing import CopyBuffer, RankResult, RankWriter
 
-MANIFEST = "manifest.json"
+TRIGGER = "save"
+"""A file of this name in the run folder asks for a save; what is in it, if anything, names the checkpoint for good."""
+MOST_FAILURES = 3
+MARGIN = 1 << 18  # bytes, for the index and the manifest
 
 
-@dataclass(frozen=True)
-class Generation:
-    """One complete checkpoint on disk."""
+@dataclass
+class _UnderWay:
+    """A save that has begun."""
 
-    folder: Path
     position: Position
-    manifest: dict[str, Any]
+    why: Why
+    name: str
+    pending: Path
+    writer: RankWriter
+    steps: int
+    """That Adam has taken; it goes on counting while this is written."""
+    total: int
+    """Bytes over all ranks."""
+    began: float
 
 
-def generation_folder(run_folder: Path, run: Run, position: Position) -> Path:
-    """Where the state after `position.step` steps of its phase belongs."""
-    return run_folder / "checkpoints" / run.phases[position.phase].name / f"step_{position.step:08d}"
+class Saver:
+    """The saves of one attempt. All methods but `before_update` and `vote` are collective calls."""
 
+    def __init__(
+        self, trainer: Trainer, run_folder: Path, orders: Sequence[PhaseOrder], last: Manifest | None = None
+    ) -> None:
+        """`last`: of the generation that the attempt began with."""
+        self._trainer, self._folder, self._orders = trainer, run_folder, orders
+        self._run, self._comm = trainer.run, trainer.layout.comm
+        self._last = last
+        self._buffer = CopyBuffer()
+        self._under_way: _UnderWay | None = None
+        self._began = time.monotonic()
+        self._failures = 0
+        self._pruning: threading.Thread | None = None
 
-def save(trainer: Trainer, run_folder: Path, position: Position, why: str) -> Path:
-    """Writes a generation and commits it; every rank returns once it is durable. A collective call.
+    @property
+    def under_way(self) -> Position | None:
+        """Of which position a save is being written."""
+        return self._under_way.position if self._under_way else None
 
-    `why` says what caused it (`periodic`, `phase end`, `preempted`, `time limit`).
-    Saving a position twice keeps the first. Raises DiskError where the file system refuses.
-    """
-    run, comm = trainer.run, trainer.layout.comm
-    final = generation_folder(run_folder, run, position)
-    if comm.broadcast((final / MANIFEST).exists()):
-        return final
-    started = time.time()
-    pending = final.with_name(final.name + files.PENDING)
-    if comm.rank == 0:
-        files.remove_folder(pending)
-        files.make_folder(pending)
-    comm.barrier()
-    try:
-        with files.disk_errors(pending):
-            torch_dist.save(trainer, pending)
-    except Exception:
-        if comm.rank == 0:
-            files.remove_folder(pending)  # a full disk has no room for it, and the journal needs some
-        raise
-    if comm.rank == 0:
-        manifest = {
-            "format": 1,
-            "run": run.name,
-            "digest": derive.run_digest(run),
-            **position.named(run),
-            "tokens": position.tokens(run),
-            "why": why,
-            "layout": {"ranks": comm.size, **run.parallel.model_dump()},
-            "precision": run.precision,
-            "files": _describe_files(pending),
-            "created": time.time(),
-            "seconds": time.time() - started,
-        }
-        files.write_json(pending / MANIFEST, manifest)
-        files.commit_folder(pending, final)
-    comm.barrier()
-    return final
+    def before_update(self) -> None:
+        """Returns once the optimizer may change the state."""
+        if self._under_way:
+            self._under_way.writer.wait_until_copied()
 
+    def vote(self) -> int:
+        """1 if this rank's part of the save under way is finished."""
+        return int(self._under_way is not None and self._under_way.writer.finished)
 
-def load_latest(trainer: Trainer, run_folder: Path) -> Position:
-    """Loads the newest generation, or stays at the start of a run that has none. A collective call.
+    def is_asked_for(self) -> bool:
+        """Whether rank 0 finds the trigger file, or it is time by the clock. Costs one look at the file system."""
+        if self._comm.rank != 0 or (self._under_way and self._under_way.why == "asked for"):
+            return False
+        every = self._run.checkpoints.every
+        due = every is not None and time.monotonic() - self._began >= every
+        return due or (self._folder / TRIGGER).exists()
 
-    What saves that were cut short have left behind is deleted.
-    """
-    comm = trainer.layout.comm
-    if comm.rank == 0:
-        for stale in (run_folder / "checkpoints").glob(f"*/step_*{files.PENDING}"):
-            files.remove_folder(stale)
-    found = comm.broadcast(latest(run_folder, trainer.run) if comm.rank == 0 else None)
-    if found is None:
-        return Position(0, 0)
-    torch_dist.load(trainer, found.folder)
-    return found.position  # type: ignore[no-any-return]
+    def begin(self, position: Position, why: Why = "periodic") -> Position | None:
+        """Starts a save and returns; with `asynchronous: false`, saves. At most one is under way: waits for that one.
 
-
-def load_model(trainer: Trainer, run_folder: Path, position: Position) -> None:
-    """Loads the weights, and nothing else, of the generation at a position. A collective call.
-
-    Raises CheckpointError if there is none.
-    """
-    folder = generation_folder(run_folder, trainer.run, position)
-    if not trainer.layout.comm.broadcast((folder / MANIFEST).exists()):
-        raise CheckpointError(f"{folder}: no complete checkpoint there")
-    torch_dist.load_model(trainer, folder)
-
-
-def latest(run_folder: Path, run: Run) -> Generation | None:
-    """The generation furthest along, checked for belonging to this run and for missing or shortened files."""
-    found = generations(run_folder, run)
-    if not found:
-        return None
-    newest = max(found, key=lambda generation: generation.position)
-    _check(newest, run)
-    return newest
-
-
-def generations(run_folder: Path, run: Run) -> list[Generation]:
-    """Every complete checkpoint of the run, in order of position."""
-    found = []
-    for manifest_path in (run_folder / "checkpoints").glob(f"*/step_*/{MANIFEST}"):
-        if manifest_path.parent.name.endswith(files.PENDING):
-            continue
+        Returns the position that is durable now and was not before, if any. A periodic save that fails costs a
+        warning, and the third in a row is an error.
+        """
+        durable = self.finish()
+        name = self._asked_name()
+        if name is not None:
+            why = "asked for"
         try:
-            manifest = files.read_json(manifest_path)
-            position = Position.from_named(run, manifest)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{manifest_path}: damaged ({error}); move its folder away to go on from the checkpoint before it"
-            ) from error
-        found.append(Generation(manifest_path.parent, position, manifest))
-    return sorted(found, key=lambda generation: generation.position)
+            self._start(position, why, name or "", self._buffer if self._run.checkpoints.asynchronous else None)
+        except DiskError as error:
+            self._failed(error)
+            return durable
+        if self._under_way and not self._run.checkpoints.asynchronous:
+            durable = self.finish()
+        return durable
 
+    def save(self, position: Position, why: Why) -> None:
+        """Saves, and returns when the state is durable on every rank; keeps what is there already.
 
-def _check(generation: Generation, run: Run) -> None:
-    folder, manifest = generation.folder, generation.manifest
-    if manifest["digest"] != derive.run_digest(run):
-        raise CheckpointError(f"{folder}: belongs to a run with another config; use a run folder of its own")
-    _check_layout(generation, run)
-    for name, recorded in manifest["files"].items():
-        path = folder / name
-        size = path.stat().st_size if path.exists() else None
-        if size != recorded["bytes"]:
-            said = "is missing" if size is None else f"has {size} bytes, not {recorded['bytes']}"
-            raise CheckpointError(f"{path} {said}; move {folder} away to go on from the checkpoint before it")
+        What is under way is finished first if it is this very state or nearly done, and given up otherwise.
+        Raises DiskError where the file system refuses, CheckpointError for stale weights.
+        """
+        self._settle(position)
+        self._start(position, why, "", None)
+        if self._under_way:
+            self._commit()
 
+    def finish(self) -> Position | None:
+        """Waits for the save under way, and commits it; returns its position if that went well."""
+        if self._under_way is None:
+            return None
+        position = self._under_way.position
+        try:
+            self._commit()
+        except DiskError as error:
+            self._failed(error)
+            return None
+        self._failures = 0
+        return position
 
-def _check_layout(generation: Generation, run: Run) -> None:
-    """The distributed optimizer's state can be shared out anew over data-parallel ranks only (`torch_dist`)."""
-    now, then = run.parallel.model_dump(), generation.manifest["layout"]
-    keys = ("tensor", "pipeline", "distributed_optimizer")
-    changed = [f"{key} = {then[key]}, not {now[key]}" for key in keys if then[key] != now[key]]
-    if changed and (now["distributed_optimizer"] or then["distributed_optimizer"]):
-        raise CheckpointError(
-            f"{generation.folder}: was saved with parallel.{', parallel.'.join(changed)}; with the distributed "
-            "optimizer only the number of data-parallel ranks may change: go on with that layout"
+    def close(self) -> None:
+        """Waits for deletions."""
+        if self._pruning:
+            self._pruning.join()
+
+    def _failed(self, error: DiskError) -> None:
+        self._failures += 1
+        if self._failures == MOST_FAILURES:
+            raise error
+        log.warning("a checkpoint could not be written, training goes on without it: %s", error)
+
+    def _settle(self, position: Position) -> None:
+        """Finishes or gives up what is under way, whichever makes a state durable sooner."""
+        if self._under_way is None:
+            return
+        written, total = self._comm.sum([self._under_way.writer.written, 0])[0], self._under_way.total
+        if self._under_way.position == position or written * 2 > total:
+            self.finish()
+            return
+        log.info(
+            "giving up the save of step %d: %d%% of it is written",
+            self._under_way.position.step,
+            100 * written // total,
+        )
+        self._under_way.writer.abandon()
+        self._drop()
+
+    def _drop(self) -> None:
+        """Forgets the save under way, and what it has written."""
+        assert self._under_way
+        pending, self._under_way = self._under_way.pending, None
+        self._comm.barrier()  # nobody writes any more
+        if self._comm.rank == 0:
+            files.remove_folder(pending)  # a full disk has no room for it, and the journal needs some
+
+    def _start(self, position: Position, why: Why, name: str, buffer: CopyBuffer | None) -> None:
+        """Begins a save, unless that position is saved already."""
+        self._began = time.monotonic()
+        final = generation_folder(self._folder, self._run, position)
+        if self._comm.broadcast((final / MANIFEST).exists()):
+            return
+        pending = final.with_name(final.name + files.PENDING)
+        model = sharding.module(self._trainer)
+        held = sharding.model_parts(model) + sharding.optimizer_parts(self._trainer)
+        path = pending / f"__{self._comm.rank}_0.distcp"
+        writer = RankWriter(path, [part for part in held if part.ours], sharding.objects(model), buffer)
+        total = self._comm.sum([writer.total])[0]
+        refusal = self._comm.broadcast(self._make_room(pending, total) if self._comm.rank == 0 else None)
+        if refusal:
+            raise DiskError(refusal)
+        files.wait_until_visible(pending)
+        steps = optim.steps(self._trainer.optimizer)
+        self._under_way = _UnderWay(position, why, name, pending, writer, steps, total, time.time())
+        if buffer is not None:
+            writer.start()
+
+    def _make_room(self, pending: Path, total: int) -> str | None:
+        """Makes the folder; returns why not, if that or the bytes to come do not fit on the disk."""
+        try:
+            files.remove_folder(pending)
+            files.make_folder(pending)
+        except DiskError as error:
+            return str(error)
+        free = shutil.disk_usage(pending).free
+        if free >= total + MARGIN:
+            return None
+        files.remove_folder(pending)
+        said = f"the disk is too full: a checkpoint needs {format_bytes(total)}, and {format_bytes(free)} are free"
+        return f"{self._folder}: {said}; free some, or keep fewer (checkpoints.keep_last, crystal checkpoints)"
+
+    def _commit(self) -> None:
+        """Waits for all ranks' files, then makes them a generation; raises on every rank what went wrong on any."""
+        assert self._under_way
+        results = self._comm.gather(_sendable(self._under_way.writer.result()))
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if not errors:
+            problem = self._comm.broadcast(self._complete(results) if self._comm.rank == 0 else None)
+            errors = [problem] if problem else []
+        if errors:
+            self._drop()
+            raise errors[0]
+        self._under_way = None
+
+    def _complete(self, results: list[RankResult]) -> BaseException | None:
+        """What rank 0 adds to the files of all ranks; returns what went wrong."""
+        assert self._under_way
+        pending = self._under_way.pending
+        final = pending.with_name(pending.name.removesuffix(files.PENDING))
+        try:
+            with files.disk_errors(pending):
+                distcp.write_index(pending, [place for result in results for place in result.file.placed])
+                manifest = self._manifest(results)
+                self._refuse_stale(manifest)
+                manifest.write(pending)
+                files.commit_folder(pending, final)
+                self._name(final)
+                if self._under_way.why == "asked for":
+                    (self._folder / TRIGGER).unlink(missing_ok=True)
+        except Exception as error:
+            problem: BaseException = _sendable(error)
+            return problem
+        self._last = manifest
+        if self._under_way.why not in ("preempted", "time limit"):  # those are in a hurry
+            self._prune()
+        return None
+
+    def _manifest(self, results: list[RankResult]) -> Manifest:
+        assert self._under_way
+        position, pending, run = self._under_way.position, self._under_way.pending, self._run
+        written = {result.file.name: FileEntry(result.file.bytes, result.file.digest) for result in results}
+        small = sorted(path for path in pending.iterdir() if path.name not in written)
+        return Manifest(
+            kind="training",
+            run=run.name,
+            digest=derive.run_digest(run),
+            phase=run.phases[position.phase].name,
+            step=position.step,
+            tokens=position.tokens(run),
+            why=self._under_way.why,
+            layout={"ranks": self._comm.size, **run.parallel.model_dump()},
+            precision=run.precision,
+            ledger=ledger(run, self._orders, position),
+            optimizer={"steps": self._under_way.steps},
+            files=written | {path.name: FileEntry(path.stat().st_size, files.digest_file(path)) for path in small},
+            tensors=_tensors(results),
+            commit=provenance.commit(),
+            versions=provenance.versions(),
+            created=time.time(),
+            seconds=time.time() - self._under_way.began,
+            weights=_digest_of_weights(results),
         )
 
+    def _refuse_stale(self, manifest: Manifest) -> None:
+        """Steps change weights: if they are those of the generation before, bit for bit, something writes old ones."""
+        last = self._last
+        if last is None or last.weights != manifest.weights or last.layout != manifest.layout:
+            return
+        then, now = (Position.from_named(self._run, {"phase": m.phase, "step": m.step}) for m in (last, manifest))
+        if any(rate > 0 for rate in _rates(self._run, then, now)):
+            raise CheckpointError(
+                f"the weights after step {now.step} of phase {manifest.phase} are, bit for bit, those after step "
+                f"{then.step} of phase {last.phase}, though steps passed: nothing was saved, and the run stops; the "
+                "checkpoint before it is kept"
+            )
 
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3": files.digest_file(path)} for path in paths
-    }
+    def _name(self, final: Path) -> None:
+        assert self._under_way
+        if self._under_way.name:
+            try:
+                keep(final, self._under_way.name)
+            except CheckpointError as error:
+                log.warning("%s is not kept by name: %s", final, error)
+
+    def _prune(self) -> None:
+        """Deletes what need not be kept, beside the training."""
+        self.close()
+        self._pruning = threading.Thread(target=_prune, args=(self._folder, self._run), name="checkpoint-pruner")
+        self._pruning.start()
+
+    def _asked_name(self) -> str | None:
+        """What stands in the trigger file, if there is one: rank 0's answer."""
+        path, said = self._folder / TRIGGER, None
+        if self._comm.rank == 0 and path.exists():
+            try:
+                said = path.read_text(errors="replace").strip()[:100]
+            except OSError:
+                said = ""
+        answer: str | None = self._comm.broadcast(said)
+        return answer
+
+
+def ledger(run: Run, orders: Sequence[PhaseOrder], position: Position) -> dict[str, dict[str, dict[str, int]]]:
+    """Samples and tokens that the run has consumed, by phase and source: a consequence of the position."""
+    found = {}
+    for index, (phase, order) in enumerate(zip(run.phases, orders, strict=True)):
+        steps = derive.phase_steps(phase) if index < position.phase else position.step
+        if index <= position.phase:
+            consumed = order.consumed(steps * phase.batch_size)
+            found[phase.name] = {
+                name: {"samples": count, "tokens": count * phase.sequence_length} for name, count in consumed.items()
+            }
+    return found
+
+
+def _prune(folder: Path, run: Run) -> None:
+    try:
+        retention.prune(folder, run)
+    except (CrystalError, OSError) as error:
+        log.warning("old checkpoints could not be deleted: %s", error)
+
+
+def _sendable(result: Any) -> Any:
+    """An error in a form that another rank can unpickle."""
+    if not isinstance(result, BaseException) or isinstance(result, CrystalError | OSError):
+        return result
+    return RuntimeError(f"{type(result).__name__}: {result}")
+
+
+def _tensors(results: list[RankResult]) -> dict[str, TensorEntry]:
+    """Shape, dtype and norm of each tensor of the model."""
+    squares: dict[tuple[str, int | None], float] = defaultdict(float)
+    for result in results:
+        for at, value in result.squares.items():
+            squares[at] += value
+    about = {place.key: place for result in results for place in result.file.placed}
+    found = {}
+    for (key, layer), value in squares.items():
+        place = about[key]
+        shape = place.shape if layer is None else place.shape[1:]
+        name = sharding.name_in_model(key, layer)
+        found[name] = TensorEntry(tuple(shape), str(place.dtype).removeprefix("torch."), value**0.5)
+    return dict(sorted(found.items()))
+
+
+def _digest_of_weights(results: list[RankResult]) -> str:
+    boxes = sorted(box for result in results for box in result.weights.items())
+    return xxhash.xxh3_128_hexdigest(repr(boxes).encode())
+
+
+def _rates(run: Run, then: Position, now: Position) -> list[float]:
+    """The learning rates of the steps between two positions."""
+    found = []
+    for index in range(then.phase, now.phase + 1):
+        phase = run.phases[index]
+        first = then.step if index == then.phase else 0
+        last = now.step if index == now.phase else derive.phase_steps(phase)
+        found += [derive.learning_rate(phase, step) for step in range(first, last)]
+    return found

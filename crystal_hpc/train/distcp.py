@@ -24,6 +24,7 @@ import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -61,7 +62,8 @@ class Placed(NamedTuple):
     """Where a box was written."""
 
     key: str
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    """None for bytes that are no tensor."""
     shape: Index
     offset: Index
     size: Index
@@ -126,6 +128,12 @@ class FileWriter:
             self._placed.append(
                 Placed(chunk.key, part.dtype, chunk.shape, place, tuple(part.shape), self._name, at, length)
             )
+
+    def add_bytes(self, key: str, data: bytes) -> None:
+        """Appends something that is no tensor; nothing here reads it again."""
+        at = self._stream.tell()
+        self._stream.write(data)
+        self._placed.append(Placed(key, None, (), (), (), self._name, at, len(data)))
 
     def close(self) -> Written:
         """Forces the file to the disk."""
@@ -205,16 +213,21 @@ def _alone(tensor: Tensor) -> Tensor:
 
 def write_index(folder: Path, placed: Iterable[Placed]) -> None:
     """Writes `.metadata`, and the two small files by which Megatron-core knows a checkpoint of its own."""
-    tensors: dict[str, TensorStorageMetadata] = {}
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for one in placed:
-        stored = tensors.setdefault(
+        info = _StorageInfo(one.file, one.at, one.length)
+        if one.dtype is None:
+            entries[one.key], storage[MetadataIndex(one.key)] = BytesStorageMetadata(), info
+            continue
+        stored = entries.setdefault(
             one.key, TensorStorageMetadata(TensorProperties(one.dtype), torch.Size(one.shape), [])
         )
+        assert isinstance(stored, TensorStorageMetadata), one.key
         index = MetadataIndex(one.key, one.offset, len(stored.chunks))
         stored.chunks.append(ChunkStorageMetadata(torch.Size(one.offset), torch.Size(one.size)))
-        storage[index] = _StorageInfo(one.file, one.at, one.length)
-    metadata = Metadata(tensors, storage_data=storage, version="1.0.0")  # type: ignore[arg-type]
+        storage[index] = info
+    metadata = Metadata(entries, storage_data=storage, version="1.0.0")
     files.write_file(folder / METADATA, pickle.dumps(metadata))
     files.write_json(folder / "metadata.json", FOR_MEGATRON)
     torch.save({}, folder / "common.pt")

@@ -110,13 +110,7 @@ def _examine(folder: Path, run: Run, digest: str) -> Generation | str | None:
     if reason:
         return reason
     position = Position.from_named(run, {"phase": manifest.phase, "step": manifest.step})
-    # A mark that cannot be made out: better verified again than taken on trust, and better kept than deleted.
-    verified, kept = _read_note(folder / VERIFIED), _read_note(folder / KEPT)
-    if kept is not None and not isinstance(kept.get("name"), str):
-        kept = {"name": f"by a damaged {KEPT}", "time": 0.0}
-    if verified is not None and not isinstance(verified.get("time"), int | float):
-        verified = None
-    return Generation(folder, position, manifest, verified, kept)
+    return Generation(folder, position, manifest, read_verified(folder), read_kept(folder))
 
 
 def _misplaced(folder: Path, manifest: Manifest, run: Run, digest: str) -> str | None:
@@ -133,6 +127,23 @@ def _misplaced(folder: Path, manifest: Manifest, run: Run, digest: str) -> str |
     if not 0 <= manifest.step <= derive.phase_steps(phase):
         return f"is of step {manifest.step}, and phase {phase.name} has {derive.phase_steps(phase)} steps"
     return None
+
+
+# Of a mark that cannot be made out: better verified again than taken on trust, and better kept than deleted.
+
+
+def read_verified(folder: Path) -> dict[str, Any] | None:
+    """`time` and `by`, if all bytes of the generation have been read back and compared."""
+    note = _read_note(folder / VERIFIED)
+    return note if note and isinstance(note.get("time"), int | float) else None
+
+
+def read_kept(folder: Path) -> dict[str, Any] | None:
+    """`name` and `time`, if the generation is kept by name."""
+    note = _read_note(folder / KEPT)
+    if note is not None and not isinstance(note.get("name"), str):
+        return {"name": f"by a damaged {KEPT}", "time": 0.0}
+    return note
 
 
 def _read_note(path: Path) -> dict[str, Any] | None:
@@ -282,22 +293,41 @@ def quarantined(run_folder: Path) -> list[tuple[Path, str]]:
 
 
 def mark_verified(folder: Path, by: str) -> None:
-    """Notes that all bytes of a generation have been read back and compared; `by` says who did it."""
-    files.write_json(folder / VERIFIED, {"time": time.time(), "by": by})
+    """Notes that all bytes of a generation have been read back and compared; `by` says who did it.
+
+    Raises CheckpointError if it has been moved or deleted meanwhile, as `keep` does.
+    """
+    _write_note(folder / VERIFIED, {"time": time.time(), "by": by})
 
 
 def keep(folder: Path, name: str) -> None:
     """Keeps a generation until `unkeep`, whatever the rules say. Raises CheckpointError for a name unfit to be read."""
     if not re.fullmatch(r"[^\s\x00-\x1f\x7f]([^\x00-\x1f\x7f]{0,62}[^\s\x00-\x1f\x7f])?", name):
         raise CheckpointError(f"{name!r}: no name to keep a checkpoint by; use 1 to 64 characters on one line")
-    files.write_json(folder / KEPT, {"name": name, "time": time.time()})
+    _write_note(folder / KEPT, {"name": name, "time": time.time()})
+
+
+def _write_note(path: Path, note: dict[str, Any]) -> None:
+    try:
+        files.write_json(path, note)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: is no longer there") from None
+
+
+def unmark_verified(folder: Path) -> None:
+    """Takes back that a generation has been verified: its bytes have been found to be others since."""
+    _remove_note(folder / VERIFIED)
 
 
 def unkeep(folder: Path) -> None:
     """Takes the name from a generation, if it has one."""
-    with files.disk_errors(folder), contextlib.suppress(FileNotFoundError):
-        os.unlink(folder / KEPT)
-        files.fsync_path(folder)
+    _remove_note(folder / KEPT)
+
+
+def _remove_note(path: Path) -> None:
+    with files.disk_errors(path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+        files.fsync_path(path.parent)
 
 
 def pending(run_folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@
     for each phase from there on:
         for each step: batch -> forward, backward, update -> one line of metrics
             told to stop (all ranks agree at the step boundary)? save, and leave
-            time for a checkpoint? save
+            time for a checkpoint? begin one, which is written while training goes on
         save; evaluate on held-out data
 
 Nothing here depends on how the job was started, how many ranks there are, or how often it was interrupted: the batch of
@@ -28,14 +28,17 @@ from crystal_hpc.data.preparing import PreparedRows
 from crystal_hpc.data.rows import RowSource
 from crystal_hpc.errors import RunError
 from crystal_hpc.log import log
-from crystal_hpc.train import checkpoint, optim
+from crystal_hpc.train import optim
+from crystal_hpc.train.checkpoint import Saver
 from crystal_hpc.train.evaluate import evaluate_phase
+from crystal_hpc.train.manifest import Why
 from crystal_hpc.train.metrics import Metrics
 from crystal_hpc.train.preemption import Stop, StopFlag
+from crystal_hpc.train.restore import load_latest
 from crystal_hpc.train.state import Position
 from crystal_hpc.train.step import StepResult, Trainer, train_step
 
-WHY = {Stop.TIME_LIMIT: "time limit", Stop.PREEMPTED: "preempted"}
+WHY: dict[Stop, Why] = {Stop.TIME_LIMIT: "time limit", Stop.PREEMPTED: "preempted"}
 
 
 @dataclass
@@ -84,22 +87,26 @@ def train(job: Job) -> Ended:
     Raises CrystalError where the state on disk cannot be used, or the loss is no longer a number.
     """
     job.beat("loading the newest checkpoint")
-    position = checkpoint.load_latest(job.trainer, job.folder)
+    position, loaded = load_latest(job.trainer, job.folder, lambda *_: job.beat("reading the newest checkpoint"))
     log.info("starting at phase %s, step %d", job.run.phases[position.phase].name, position.step)
     job.on_event("started", position)
     orders = run_orders(job.run, {name: source.info.tokens for name, source in job.sources.items()})
     fims = load_fims(job.run)
+    saver = Saver(job.trainer, job.folder, orders, loaded)
     last_phase = len(job.run.phases) - 1 if job.last_phase is None else job.last_phase
     while True:
-        stop, position = train_phase(job, orders[position.phase], fims[position.phase], position)
+        stop, position = train_phase(job, saver, orders[position.phase], fims[position.phase], position)
         if stop is Stop.NO and job.evaluates:
             stop = _evaluate(job, position)
         if stop is not Stop.NO or position.phase >= last_phase:
+            saver.close()
             return Ended(stop, position)
         position = position.next_phase()
 
 
-def train_phase(job: Job, order: PhaseOrder, fim: PhaseFim | None, position: Position) -> tuple[Stop, Position]:
+def train_phase(
+    job: Job, saver: Saver, order: PhaseOrder, fim: PhaseFim | None, position: Position
+) -> tuple[Stop, Position]:
     """The rest of one phase, and the checkpoint at its end. Returns where it got to, and why if that is not the end."""
     run, layout = job.run, job.layout
     phase = run.phases[position.phase]
@@ -115,25 +122,31 @@ def train_phase(job: Job, order: PhaseOrder, fim: PhaseFim | None, position: Pos
         batch = batches.step(position.step)
         waited = time.perf_counter() - started
         rate = derive.learning_rate(phase, position.step)
-        result = train_step(job.trainer, batch, rate, _votes(job.flag.stop))
-        _record(job, position, result, rate, time.perf_counter() - started, waited)
+        votes = [*_votes(job.flag.stop), saver.vote(), int(saver.is_asked_for())]
+        result = train_step(job.trainer, batch, rate, votes, saver.before_update)
+        _record(job, saver, position, result, rate, time.perf_counter() - started, waited)
         position = position.after_step()
-        stop = _strongest(result.votes)
+        stop, (written, asked) = _strongest(result.votes), result.votes[2:]
+        if written == layout.comm.size:
+            _commit(job, saver)
         if position.step == steps:
-            _save(job, position, "phase end")
+            _save(job, saver, position, "phase end")
         elif stop is not Stop.NO:
-            _save(job, position, WHY[stop])
-        elif phase.checkpoint_every and position.step % phase.checkpoint_every == 0:
-            _save(job, position, "periodic")
+            _save(job, saver, position, WHY[stop])
+        elif asked or (phase.checkpoint_every and position.step % phase.checkpoint_every == 0):
+            _begin_save(job, saver, position)
     batches.close()
     return stop, position
 
 
-def _record(job: Job, position: Position, result: StepResult, rate: float, seconds: float, waited: float) -> None:
+def _record(
+    job: Job, saver: Saver, position: Position, result: StepResult, rate: float, seconds: float, waited: float
+) -> None:
     """One line of metrics; a loss that is no longer a number ends the attempt before it can be saved."""
     run, phase = job.run, job.run.phases[position.phase]
     done = position.after_step()
     if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+        saver.finish()  # the state of an earlier step, which was good
         raise RunError(
             f"the loss is {result.loss} and the gradient norm {result.grad_norm} in step {position.step} of phase "
             f"{phase.name}; the last checkpoint is kept: look at the data of this step, or lower the learning rate"
@@ -175,14 +188,39 @@ def _evaluate(job: Job, position: Position) -> Stop:
     return job.stop_agreed()
 
 
-def _save(job: Job, position: Position, why: str) -> None:
+def _save(job: Job, saver: Saver, position: Position, why: Why) -> None:
+    """Returns when the state is durable."""
     job.beat(f"saving step {position.step}")
     job.on_event("saving", position)
     started = time.perf_counter()
-    checkpoint.save(job.trainer, job.folder, position, why)
+    saver.save(position, why)
     log.info("saved step %d (%s) in %.2f s", position.step, why, time.perf_counter() - started)
     job.on_event("saved", position)
     job.beat("going on after a save")
+
+
+def _begin_save(job: Job, saver: Saver, position: Position) -> None:
+    """Returns at once, or when an earlier save is done that is still being written."""
+    job.beat(f"beginning to save step {position.step}")
+    job.on_event("saving", position)
+    started = time.perf_counter()
+    _told(job, saver.begin(position))
+    log.info(
+        "a save of step %d has begun; training stood still for %.2f s", position.step, time.perf_counter() - started
+    )
+
+
+def _commit(job: Job, saver: Saver) -> None:
+    """All ranks have written their part of the save that was under way."""
+    if saver.under_way:
+        job.on_event("saving", saver.under_way)
+    _told(job, saver.finish())
+
+
+def _told(job: Job, durable: Position | None) -> None:
+    if durable:
+        log.info("saved step %d of phase %s", durable.step, job.run.phases[durable.phase].name)
+        job.on_event("saved", durable)
 
 
 def _total_steps(run: Run, position: Position) -> int:

@@ -73,6 +73,8 @@ class Manifest:
     """Unix time."""
     seconds: float
     """From the copy of the state, or the beginning of the conversion, to this file."""
+    weights: str | None = None
+    """Digest of the float32 weights in the boxes of this layout: steps change it (a guard against stale weights)."""
 
     @property
     def bytes(self) -> int:

@@ -4,6 +4,7 @@
 that all ranks agree on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +58,22 @@ def build_trainer(run: Run, layout: Layout) -> Trainer:
     return Trainer(run, layout, model, optim.build(run, model))
 
 
-def train_step(trainer: Trainer, batch: StepBatch, rate: float, votes: list[int]) -> StepResult:
-    """Forward, backward and update over one step's batch; then the ranks share loss, digest and votes."""
+def train_step(
+    trainer: Trainer,
+    batch: StepBatch,
+    rate: float,
+    votes: list[int],
+    before_update: Callable[[], None] = lambda: None,
+) -> StepResult:
+    """Forward, backward and update over one step's batch; then the ranks share loss, digest and votes.
+
+    `before_update` is called when the weights are about to change: a save may still be copying them.
+    """
     trainer.model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     optim.set_learning_rate(trainer.optimizer, rate, trainer.run)
     reported = _run_schedule(trainer, batch, forward_only=False)
+    before_update()
     _, grad_norm, _ = trainer.optimizer.step()
     # Of the ranks that hold the same samples (tensor and pipeline neighbours) one speaks for all.
     layout = trainer.layout

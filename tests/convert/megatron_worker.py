@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
 from crystal_hpc.config.load import load_run
 from crystal_hpc.convert import weights
 from crystal_hpc.convert.verify import verify
 from crystal_hpc.data.batches import StepBatch
+from crystal_hpc.data.order import run_orders
 from crystal_hpc.errors import CrystalError
 from crystal_hpc.model import parallel
-from crystal_hpc.train import checkpoint, step, torch_dist
+from crystal_hpc.train import sharding, step
+from crystal_hpc.train.checkpoint import Saver
+from crystal_hpc.train.generations import generation_folder
+from crystal_hpc.train.restore import load_weights
 from crystal_hpc.train.state import Position
 
 LAYOUTS = {
@@ -38,34 +41,23 @@ def save(name: str, rank: int, folder: Path) -> None:
     # One step, so that the optimizer has state of its own to save beside the weights.
     rows = torch.arange(2 * 2 * 49).reshape(2, 2, 49) % 125
     step.train_step(trainer, StepBatch(rows[..., :-1].contiguous(), rows[..., 1:].contiguous()), 1e-3, [])
-    model: Any = torch_dist.module(trainer)
+    model: Any = sharding.module(trainer)
     if layout.tensor_size == 1 and layout.first_stage and layout.last_stage:
         # Whole on each rank: the same noise everywhere, so that no bias is zero and no norm is one.
         generator = torch.Generator().manual_seed(7)
         for parameter in model.parameters():
             parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     else:
-        plain = checkpoint.generation_folder(folder / "plain", run, STEP)
-        loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(plain))
-        model.load_state_dict(loaded["model"])
-    saved = checkpoint.save(trainer, folder / name, STEP, "periodic")
-    if rank == 0:
-        as_format_2(saved)
+        plain = generation_folder(folder / "plain", run, STEP)
+        load_weights(model, plain, layout.comm)
+    Saver(trainer, folder / name, run_orders(run, {"prose": 1000})).save(STEP, "periodic")
     parallel.stop()
-
-
-def as_format_2(saved: Path) -> None:
-    """What `checkpoint.save` will write by itself."""
-    content = json.loads((saved / "manifest.json").read_text())
-    if content["format"] == 1:
-        more = {"kind": "training", "ledger": {}, "optimizer": None, "tensors": {}, "commit": None, "versions": {}}
-        (saved / "manifest.json").write_text(json.dumps({**content, **more, "format": 2}))
 
 
 def compare(folder: Path, layout: str, dtype: weights.Dtype, spoil: bool = False) -> dict[str, Any]:
     """What `verify` says of an export: its result, or its error."""
     run = load_run(folder / "run.yaml", LAYOUTS[layout])
-    saved = checkpoint.generation_folder(folder / layout, run, STEP)
+    saved = generation_folder(folder / layout, run, STEP)
     out = folder / "exports" / f"{layout}-{dtype}-{spoil}"
     weights.export(saved, run, None, out, dtype)
     if spoil:

@@ -197,7 +197,7 @@ def test_a_disk_that_fills_up_stops_the_run_with_that_reason_and_loses_nothing(
     subprocess.run(["mount", "-o", "remount,size=1500k", small_disk], check=True)  # room for two checkpoints, not three
     folder = submit.prepare(run, cluster, small_disk / "runs")
     (first,) = finish(folder, submit.start(folder, cluster))
-    assert (first["outcome"], "the disk is full" in first["reason"]) == ("code_error", True), first["reason"]
+    assert (first["outcome"], "free some" in first["reason"]) == ("code_error", True), first["reason"]
     kept = first["last_checkpoint"]
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     _, second = finish(folder, submit.start(folder, cluster), since=1)

@@ -240,11 +240,11 @@ def build(run: Run, rank: int, meeting: Path) -> Rank:
     """This rank's part of the model and of the optimizer."""
     from crystal_hpc.model import parallel
     from crystal_hpc.model.names import global_name
-    from crystal_hpc.train import optim, step, torch_dist
+    from crystal_hpc.train import optim, sharding, step
 
     layout = parallel.start(run, rank, 2, rank, meeting)
     trainer = step.build_trainer(run, layout)
-    module: Any = torch_dist.module(trainer)
+    module: Any = sharding.module(trainer)
     optim.set_learning_rate(trainer.optimizer, RATE, run)
     names = {parameter: global_name(module, name) for name, parameter in module.named_parameters()}
     groups = {

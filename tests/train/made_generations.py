@@ -1,6 +1,9 @@
 """Generations made for tests: real files, written and described as a save does it, of a model of a few numbers."""
 
+import os
+import signal
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,19 @@ def write_tensors(folder: Path, made: Tensors, ranks: int = 2) -> dict[str, File
     }  # fmt: skip
 
 
+def made_manifest(run: Run, position: Position, **changes: Any) -> Manifest:
+    """What a periodic save by two ranks would say, of no files and no tensors."""
+    phase = run.phases[position.phase].name
+    said: dict[str, Any] = {
+        "kind": "training", "run": run.name, "digest": derive.run_digest(run), "phase": phase, "step": position.step,
+        "tokens": position.tokens(run), "why": "periodic", "layout": {"ranks": 2, **run.parallel.model_dump()},
+        "precision": run.precision, "ledger": {phase: {"prose": {"samples": 8, "tokens": 128}}},
+        "optimizer": {"steps": position.step}, "files": {}, "tensors": {}, "commit": None,
+        "versions": {"torch": torch.__version__}, "created": time.time(), "seconds": 0.5,
+    }  # fmt: skip
+    return Manifest(**said | changes)
+
+
 def make_generation(
     run_folder: Path, run: Run, position: Position, why: Why = "periodic", verified: bool = False,
     made: Tensors | None = None, folder: Path | None = None, ranks: int = 2, **changes: Any,
@@ -74,35 +90,51 @@ def make_generation(
         name: TensorEntry(tuple(tensor.shape), "float32", float(tensor.double().norm()))
         for name, tensor in unstacked(made).items()
     }
-    said: dict[str, Any] = {
-        "kind": "training", "run": run.name, "digest": derive.run_digest(run), "phase": run.phases[position.phase].name,
-        "step": position.step, "tokens": position.tokens(run), "why": why,
-        "layout": {"ranks": ranks, **run.parallel.model_dump()}, "precision": run.precision,
-        "ledger": {run.phases[0].name: {"prose": {"samples": 8, "tokens": 128}}}, "optimizer": {"steps": position.step},
-        "files": entries, "tensors": described, "commit": None, "versions": {"torch": torch.__version__},
-        "created": time.time(), "seconds": 0.5,
-    }  # fmt: skip
-    Manifest(**said | changes).write(place)
+    made_manifest(run, position, **{"why": why, "files": entries, "tensors": described} | changes).write(place)
     if verified:
         mark_verified(place, "a test")
     return place
 
 
-# Put before a program: it dies at call number MOMENT of those by which the disk changes; 0 only counts them.
-DYING = """
-import os, signal
-moment, count = int(os.environ["MOMENT"]), 0
-def deadly(real):
-    def call(*arguments, **more):
-        global count
-        count += 1
-        if count == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **more)
-    return call
-for name in ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir"):
-    setattr(os, name, deadly(getattr(os, name)))
-"""
+CHANGES_OF_THE_DISK = ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir")
+
+
+def killed_at(moment: int, call: Callable[[], object]) -> bool:
+    """Calls in a process of its own, which dies at its `moment`-th change of the disk: whether it came to that.
+
+    Raises AssertionError where the call raised something.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 warns of threads, of which the child needs none
+        pid = os.fork()
+    if pid == 0:
+        _die_at(moment, call)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
+    return os.waitstatus_to_exitcode(status) != 0
+
+
+def _die_at(moment: int, call: Callable[[], object]) -> None:
+    count = 0
+
+    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **more)
+
+        return call
+
+    for name in CHANGES_OF_THE_DISK:
+        setattr(os, name, deadly(getattr(os, name)))
+    code = 1
+    try:
+        call()
+        code = 0
+    finally:
+        os._exit(code)
 
 
 def changed(path: Path, change: Callable[[bytearray], object]) -> None:

@@ -2,15 +2,12 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_generations import DYING, changed, make_generation
+from made_generations import changed, killed_at, make_generation
 
 from crystal_hpc import files
 from crystal_hpc.config.load import load_run
@@ -278,24 +275,8 @@ def test_a_damaged_reason_does_not_hide_the_rest(folder: Path, run: Run) -> None
 
 
 def test_a_quarantine_killed_at_any_step_is_finished_by_the_next(folder: Path, run: Run) -> None:
-    program = f"""{DYING}
-from pathlib import Path
-from crystal_hpc.train.generations import quarantine
-quarantine(Path({str(folder)!r}), Path({str(generation_folder(folder, run, Position(0, 3)))!r}), "bad")
-print(count)
-"""
-
-    def in_a_process(moment: int) -> subprocess.CompletedProcess[str]:
-        variables = {**os.environ, "MOMENT": str(moment)}
-        return subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
-
-    make_generation(folder, run, Position(0, 3))
-    moments = int(in_a_process(0).stdout)
-    assert moments >= 6
-    for moment in range(1, moments + 1):
-        files.remove_folder(folder)
-        place = make_generation(folder, run, Position(0, 3))
-        assert in_a_process(moment).returncode == -signal.SIGKILL
+    place, moment = make_generation(folder, run, Position(0, 3)), 1
+    while killed_at(moment, lambda: quarantine(folder, place, "bad")):
         if place.exists():
             assert latest(folder, run) is not None  # whole, with its files: nothing is half moved
             quarantine(folder, place, "bad")
@@ -303,3 +284,7 @@ print(count)
         (to,) = (folder / "quarantine").iterdir()
         findings = find_damage(to, read_manifest(to))
         assert findings and all(finding.startswith("reason.json") for finding in findings)
+        files.remove_folder(folder)
+        make_generation(folder, run, Position(0, 3))
+        moment += 1
+    assert moment > 6
