@@ -4,6 +4,7 @@ What the streams of `weights` and `from_hf` are made of. A block is a few MiB, s
 cache when it is hashed and handed to the kernel, and so that memory does not depend on the tensor.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -110,6 +111,22 @@ def contiguous(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     result = torch.empty(tensor.shape, dtype=dtype)
     copy(result, tensor)
     return result
+
+
+def transposed_in_memory(tensor: Tensor) -> Tensor:
+    """The same matrix, column after column: what is then done with its transpose is done with whole rows."""
+    return contiguous(tensor.T).T
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes with one thread: the streams have threads of their own, and torch's would spin between blocks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Norm:

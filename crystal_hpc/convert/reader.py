@@ -80,10 +80,14 @@ class CheckpointReader:
         target = torch.empty(self.shape(name), dtype=self.dtype(name))
         start = (0,) * target.ndim
         if stored.layer is None:
-            self._reader.read([distcp.Request(stored.key, start, target)])
+            self.read_box(stored.key, start, target)
         else:
-            self._reader.read([distcp.Request(stored.key, (stored.layer, *start), target[None])])
+            self.read_box(stored.key, (stored.layer, *start), target[None])
         return target
+
+    def read_box(self, key: str, offset: tuple[int, ...], target: Tensor) -> None:
+        """Fills `target` with what begins at `offset` of the tensor that is stored as `key`."""
+        self._reader.read([distcp.Request(key, offset, target)])
 
 
 def run_of(checkpoint: Path, given: Path | None = None) -> Run:

@@ -22,7 +22,7 @@ from torch import Tensor
 from crystal_hpc import files
 from crystal_hpc.config.schema import Run
 from crystal_hpc.convert import formats, names
-from crystal_hpc.convert.blocks import Blocks, Norm, as_bytes
+from crystal_hpc.convert.blocks import Blocks, Norm, as_bytes, one_thread
 from crystal_hpc.convert.digests import DigestCheck
 from crystal_hpc.convert.hf_folder import CONFIG, MARKER, SAFETENSORS, dump_index
 from crystal_hpc.convert.reader import CheckpointReader
@@ -91,7 +91,7 @@ def export(
     identity = conversion(reader, target, dtype, shard_bytes)
     with working(out.resolve(), identity, MARKER, overwrite) as work:
         stream = _Stream(reader, shape, entries, getattr(torch, dtype), shard_bytes, on_progress)
-        with _checked(reader, check_source) as checker:
+        with _checked(reader, check_source) as checker, one_thread():
             summary = stream.write(work, checker)
         _write_config(run, vocabulary, dtype, target, work.folder)
         _copy_tokenizer(tokenizer, vocabulary, work.folder)

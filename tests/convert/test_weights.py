@@ -8,77 +8,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer as Engine
-from tokenizers import models, pre_tokenizers
+from trained_runs import REPOSITORY, Trained
 
 from crystal_hpc.config import derive
-from crystal_hpc.config.load import load_run
-from crystal_hpc.config.schema import Run
 from crystal_hpc.convert import sample, weights
 from crystal_hpc.convert.reader import CheckpointReader
 from crystal_hpc.errors import CheckpointError, CrystalError, DiskError
-
-REPOSITORY = Path(__file__).parents[2]
-
-# An odd vocabulary is padded for two tensor-parallel ranks; four rotary dimensions tell the two pairings apart.
-RUN = """
-name: tiny
-precision: fp32
-model: {layers: 2, hidden: 32, heads: 4, ffn: 42, vocab_size: 126, rotary_fraction: 0.5, init_std: 0.073}
-mup: {base_hidden: 16, embedding_multiplier: 14.6, output_multiplier: 2.22}
-data: {tokenizer: tokenizer, sources: {prose: prose}}
-parallel: {micro_batch: 2, distributed_optimizer: false}
-phases:
-- {name: words, sequence_length: 48, batch_size: 8, steps: 10, mixture: {prose: 1.0}, learning_rate: {peak: 0.01}}
-"""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """`folder / <layout>` is a run folder with one checkpoint; `results` is what the verifying process saw."""
-
-    folder: Path
-    results: dict[str, Any]
-
-    def run(self, *overrides: str) -> Run:
-        return load_run(self.folder / "run.yaml", overrides)
-
-    def checkpoint(self, layout: str) -> Path:
-        return self.folder / layout / "checkpoints/words/step_00000003"
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.json of 100 words, without a tokenizer_config.json."""
-    words = ["<unk>", "<s>", "</s>", *(f"w{n}" for n in range(97))]
-    engine = Engine(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
-    engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    engine.add_special_tokens(["<s>", "</s>"])
-    folder = tmp_path_factory.mktemp("tokenizer")
-    engine.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "run.yaml").write_text(RUN)
-    worker = [sys.executable, str(Path(__file__).with_name("megatron_worker.py"))]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
-    ranks = [subprocess.Popen([*worker, str(rank), str(folder)], env=environment) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=180) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return Trained(folder, json.loads((folder / "results.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +202,7 @@ def test_a_checkpoint_that_is_missing_cut_short_or_damaged_is_refused(
     (copied / ".metadata").write_bytes(bytes((copied / ".metadata").stat().st_size))
     refuse(copied, run, out, ".metadata: cannot be read")
     (copied / "manifest.json").write_text("{}")
-    refuse(copied, run, out, "is of format None")
+    refuse(copied, run, out, "manifest.json: is of format None")
     (copied / "manifest.json").unlink()
     refuse(copied, run, out, "has no manifest.json")
 
@@ -325,8 +266,22 @@ def test_the_tool_exports_verifies_and_tells_mistakes_in_one_line(
     shutil.copy(trained.folder / "run.yaml", trained.folder / "plain" / "run.yaml")
     done = convert(checkpoint, "out", "--tokenizer", tokenizer_folder)
     assert done.returncode == 0, done.stderr
-    assert "and 96 tokens" in done.stdout
+    assert "verified on 27 tensors and 96 tokens: logits as large as" in done.stdout
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    back = convert("out", "weights")
+    assert back.returncode == 0, back.stderr
+    assert "from CrystalCoder's format\nverified on 31 tensors and 96 tokens" in back.stdout
+    again = convert("weights", "again", "--verify", "weights", "--shard-size", "40kB")
+    assert again.returncode == 0, again.stderr
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
+    for arguments, said in (
+        (("out", "more", "--format", "llama"), "--format is for exports, and out is a Hugging Face folder"),
+        (("out", "more", "--shard-size", "5 parsecs"), "'5 parsecs' is no size of a file"),
+        ((tmp_path, "more"), "is neither a checkpoint (manifest.json) nor a Hugging Face folder"),
+        (("out", "weights"), "weights: holds an import already"),
+    ):
+        refused = convert(*arguments)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and said in refused.stderr
 
 
 def refuse(checkpoint: Path, run: Any, out: Path, said: str, **options: Any) -> None:

@@ -287,10 +287,21 @@ def test_an_export_passes_on_its_options_and_its_exit_code(desk: Desk) -> None:
     assert export.words == ["-m", "crystal_hpc.cli", "export", str(desk.runs), "--out", HOSTILE]
 
 
-def test_an_export_that_was_requeued_replaces_what_it_had_written(desk: Desk) -> None:
+def test_an_export_that_was_requeued_leaves_alone_what_it_had_written(desk: Desk) -> None:
     desk.environ = {"SLURM_RESTART_COUNT": "1"}
     _, (export,), _ = desk.run("convert.sbatch", str(desk.runs), "--no-verify")
-    assert export.words[2:] == ["export", str(desk.runs), "--no-verify", "--overwrite"]
+    assert export.words[2:] == ["export", str(desk.runs), "--no-verify", "--skip-done"]
+
+
+def test_the_tasks_of_an_array_share_the_checkpoints(desk: Desk) -> None:
+    desk.environ = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7"}
+    _, (export,), _ = desk.run("convert.sbatch", str(desk.runs), "--phase", "code")
+    assert export.words[2:] == ["export", str(desk.runs), "--phase", "code", "--share", "3/8"]
+    desk.environ |= {"SLURM_RESTART_COUNT": "1"}
+    assert desk.run("convert.sbatch", str(desk.runs))[1][0].words[2:] == ["export", str(desk.runs), "--share", "3/8"]
+    desk.environ |= {"SLURM_ARRAY_TASK_MIN": "1"}
+    code, calls, said = desk.run("convert.sbatch", str(desk.runs))
+    assert (code, calls) == (2, []) and "the array must begin at 0" in said
 
 
 # --- Where they look.
