@@ -22,7 +22,7 @@ from crystal_hpc import files
 from crystal_hpc.config.schema import Run
 from crystal_hpc.config.units import format_bytes
 from crystal_hpc.data.order import PhaseOrder
-from crystal_hpc.errors import CheckpointError, CrystalError, DiskError
+from crystal_hpc.errors import CrystalError, DiskError
 from crystal_hpc.log import log
 from crystal_hpc.train import distcp, optim, record, retention, sharding
 from crystal_hpc.train.generations import generation_folder, keep
@@ -72,6 +72,8 @@ class Saver:
         self._since: float | None = None
         self._failures = 0
         self._pruning: threading.Thread | None = None
+        if last and self._comm.rank == 0:
+            self._prune()  # the one that the attempt began with is verified now; saves in a hurry leave others behind
 
     @property
     def under_way(self) -> Position | None:
@@ -94,7 +96,7 @@ class Saver:
             return False
         every = self._run.checkpoints.every
         due = every is not None and time.monotonic() - self._began >= every
-        return due or (self._folder / TRIGGER).exists()
+        return due or (self._folder / TRIGGER).is_file()
 
     def begin(self, position: Position, why: Why = "periodic") -> Position | None:
         """Starts a save and returns; with `asynchronous: false`, saves. At most one is under way: waits for that one.
@@ -113,7 +115,7 @@ class Saver:
         try:
             self._start(position, why, name or "", self._buffer if self._run.checkpoints.asynchronous else None)
         except DiskError as error:
-            self._failed(error)
+            self._failed(error, why)
             return durable
         if self._under_way and not self._run.checkpoints.asynchronous:
             durable = self.finish()
@@ -135,14 +137,13 @@ class Saver:
         """Waits for the save under way, and commits it; returns its position if that went well."""
         if self._under_way is None:
             return None
-        position = self._under_way.position
+        position, why = self._under_way.position, self._under_way.why
         try:
             with self._standing_still():
                 self._commit()
         except DiskError as error:
-            self._failed(error)
+            self._failed(error, why)
             return None
-        self._failures = 0
         return position
 
     def close(self) -> None:
@@ -172,8 +173,10 @@ class Saver:
         with contextlib.suppress(DiskError):  # the save itself is what counts
             files.append_line(self._folder / SAVES, {**about, "stood_still": stood_still, "time": time.time()})
 
-    def _failed(self, error: DiskError) -> None:
+    def _failed(self, error: DiskError, why: Why) -> None:
         self._failures += 1
+        if why == "asked for":
+            self._take_trigger()  # or every step would try again
         if self._failures == MOST_FAILURES:
             raise error
         log.warning("a checkpoint could not be written, training goes on without it: %s", error)
@@ -184,7 +187,8 @@ class Saver:
             return
         written, total = self._comm.sum([self._under_way.writer.written, 0])[0], self._under_way.total
         if self._under_way.position == position or written * 2 > total:
-            self.finish()
+            with contextlib.suppress(DiskError):  # the save that follows will say so, if it is refused as well
+                self.finish()
             return
         log.info(
             "giving up the save of step %d: %d%% of it is written",
@@ -248,7 +252,7 @@ class Saver:
         if errors:
             self._drop()
             raise errors[0]
-        self._under_way = None
+        self._under_way, self._failures = None, 0
 
     def _complete(self, results: list[RankResult]) -> BaseException | None:
         """What rank 0 adds to the files of all ranks; returns what went wrong."""
@@ -262,14 +266,13 @@ class Saver:
                 record.refuse_stale(self._run, self._last, manifest)
                 manifest.write(pending)
                 files.commit_folder(pending, final)
-                self._name(final)
-                if self._under_way.why == "asked for":
-                    (self._folder / TRIGGER).unlink(missing_ok=True)
         except Exception as error:
             problem: BaseException = _sendable(error)
             return problem
         self._last = manifest
         self._note(manifest)
+        if self._under_way.why == "asked for":
+            self._answer(final)
         if self._under_way.why not in ("preempted", "time limit"):  # those are in a hurry
             self._prune()
         return None
@@ -289,13 +292,20 @@ class Saver:
             began=save.began,
         )
 
-    def _name(self, final: Path) -> None:
+    def _answer(self, final: Path) -> None:
+        """Names the generation as it was asked, and takes the trigger away. Whatever goes wrong: it is saved."""
         assert self._under_way
-        if self._under_way.name:
-            try:
+        try:
+            if self._under_way.name:
                 keep(final, self._under_way.name)
-            except CheckpointError as error:
-                log.warning("%s is not kept by name: %s", final, error)
+        except CrystalError as error:
+            log.warning("%s is not kept by name: %s", final, error)
+        self._take_trigger()
+
+    def _take_trigger(self) -> None:
+        if self._comm.rank == 0:
+            with contextlib.suppress(OSError):
+                (self._folder / TRIGGER).unlink()
 
     def _prune(self) -> None:
         """Deletes what need not be kept, beside the training."""
@@ -306,7 +316,7 @@ class Saver:
     def _asked_name(self) -> str | None:
         """What stands in the trigger file, if there is one: rank 0's answer."""
         path, said = self._folder / TRIGGER, None
-        if self._comm.rank == 0 and path.exists():
+        if self._comm.rank == 0 and path.is_file():
             try:
                 said = path.read_text(errors="replace").strip()[:100]
             except OSError:

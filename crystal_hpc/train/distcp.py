@@ -10,6 +10,7 @@ between two chunks, and nothing starts helper processes, which would need shield
 ourselves because `.metadata` is a pickle: here it may name the few classes that belong in it and nothing else.
 """
 
+import contextlib
 import math
 import os
 import pickle
@@ -119,7 +120,7 @@ class FileWriter:
         self._placed: list[Placed] = []
 
     def add(self, chunk: Chunk) -> None:
-        """Appends a chunk, in pieces of at most about `LARGEST_CHUNK` bytes; its tensor is on the CPU."""
+        """Appends a chunk, in pieces of at most `LARGEST_CHUNK` bytes; its tensor is on the CPU."""
         for offset, part in _pieces(chunk.tensor):
             at = self._stream.tell()
             torch.save(_alone(part), cast(IO[bytes], self._stream))
@@ -184,22 +185,24 @@ class _HashedFile:
         os.close(self._descriptor)
 
     def abandon(self) -> None:
-        os.close(self._descriptor)
+        with contextlib.suppress(OSError):  # a network file system may refuse bytes as late as in the first close
+            os.close(self._descriptor)
 
     def digest(self) -> str:
         return self._hash.hexdigest()
 
 
 def _pieces(tensor: Tensor) -> Iterator[tuple[Index, Tensor]]:
-    """The tensor in parts along its first axis that is longer than one, each of at most `LARGEST_CHUNK` bytes."""
-    axis = next((axis for axis, length in enumerate(tensor.shape) if length > 1), 0)
-    if not tensor.ndim or tensor.nbytes <= LARGEST_CHUNK:
+    """The tensor in contiguous parts of at most `LARGEST_CHUNK` bytes: along its first axis, then along the next."""
+    axis = next((axis for axis, length in enumerate(tensor.shape) if length > 1), None)
+    if axis is None or tensor.nbytes <= LARGEST_CHUNK:
         yield (0,) * tensor.ndim, tensor
         return
     step = max(1, LARGEST_CHUNK * tensor.shape[axis] // tensor.nbytes)
     for start in range(0, tensor.shape[axis], step):
         part = tensor.narrow(axis, start, min(step, tensor.shape[axis] - start))
-        yield tuple(start if at == axis else 0 for at in range(tensor.ndim)), part
+        for offset, piece in _pieces(part):
+            yield tuple(offset[at] + start * (at == axis) for at in range(tensor.ndim)), piece
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import xxhash
 from pydantic import TypeAdapter, ValidationError
 
 from crystal_hpc import files
@@ -17,6 +18,8 @@ from crystal_hpc.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+OWN_DIGEST = "xxh3"
+"""The key of the manifest's digest of itself: it is the one file that no other vouches for."""
 
 Kind = Literal["training", "weights"]
 Why = Literal["periodic", "phase end", "preempted", "time limit", "asked for", "converted"]
@@ -83,10 +86,17 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Puts the manifest into a folder whose other files are complete and on disk."""
-        files.write_json(folder / MANIFEST, {"format": FORMAT, **asdict(self)})
+        content = {"format": FORMAT, **asdict(self)}
+        files.write_json(folder / MANIFEST, content | {OWN_DIGEST: own_digest(content)})
 
 
 _ADAPTER = TypeAdapter(Manifest)
+
+
+def own_digest(content: dict[str, Any]) -> str:
+    """xxh3-128, in hex, of a manifest's content, however it is laid out in the file."""
+    said = {key: value for key, value in content.items() if key != OWN_DIGEST}
+    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -96,9 +106,12 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("not a table")
-        form = content.pop("format", None)
+        form, digest = content.get("format"), own_digest(content)
         if form != FORMAT:
             raise CheckpointError(f"{path}: is of format {form}, and this version reads format {FORMAT}")
+        if content.pop(OWN_DIGEST, None) != digest:
+            raise ValueError(f"its content is not what was written: its digest is {digest}")
+        del content["format"]
         manifest = _ADAPTER.validate_json(json.dumps(content), strict=True)
     except FileNotFoundError:
         raise CheckpointError(

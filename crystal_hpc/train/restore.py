@@ -6,6 +6,8 @@ has lost all its generations does not quietly begin again. Nothing in a folder i
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 
 from crystal_hpc.comm import Comm
 from crystal_hpc.config.schema import Run
-from crystal_hpc.errors import CheckpointError, CrystalError
+from crystal_hpc.errors import CheckpointError, CrystalError, DiskError
 from crystal_hpc.log import log
 from crystal_hpc.train import generations, optim, sharding
 from crystal_hpc.train.distcp import Reader, Request
@@ -50,10 +52,9 @@ def load_latest(
         damage = _try_to_load(trainer, found, on_progress)
         if damage is None:
             return found.position, found.manifest
+        moved = _agreed(comm, partial(generations.quarantine, run_folder, found.folder, damage))
         if comm.rank == 0:
-            moved = generations.quarantine(run_folder, found.folder, damage)
             log.warning("%s: %s; moved to %s, going on from the checkpoint before it", found.folder, damage, moved)
-        comm.barrier()
 
 
 def _try_to_load(trainer: Trainer, found: Generation, on_progress: Progress | None) -> str | None:
@@ -64,7 +65,10 @@ def _try_to_load(trainer: Trainer, found: Generation, on_progress: Progress | No
     except _Damaged as damage:
         return str(damage)
     if trainer.layout.comm.rank == 0:
-        generations.mark_verified(found.folder, "the start of an attempt")
+        try:
+            generations.mark_verified(found.folder, "the start of an attempt")
+        except DiskError as error:  # a note, on a disk that may be full: the run can do without
+            log.warning("%s is verified, which could not be noted: %s", found.folder, error)
     return None
 
 
@@ -163,12 +167,18 @@ def _begin(trainer: Trainer, on_progress: Progress | None) -> None:
     mains = [part for part in sharding.optimizer_parts(trainer) if part.key.startswith(f"{STATE}{MAIN}.")]
     try:
         _verify(comm, folder, manifest, on_progress)
-        # A folder without an optimizer has no float32 copies: then the weights themselves are all there is.
-        parts = sharding.model_parts(sharding.module(trainer)) + mains
+        # Float32 copies where there are any, which are what was trained; else the weights themselves are all there is.
+        weights = [_exact(part) for part in sharding.model_parts(sharding.module(trainer))]
+        parts = weights + mains
         _read(comm, folder, parts, {f"{STATE}{MAIN}.": ""})
     except _Damaged as damage:
         raise CheckpointError(f"start_from: {folder}: {damage}; name another") from None
     log.info("starting from the weights in %s (%s, step %d)", folder, manifest.phase, manifest.step)
+
+
+def _exact(part: Part) -> Part:
+    """Float32 weights are filled from the float32 copies that a bfloat16 run keeps, not from what it rounds them to."""
+    return replace(part, key=f"{STATE}{MAIN}.{part.key}") if part.tensor.dtype == torch.float32 else part
 
 
 @torch.no_grad()

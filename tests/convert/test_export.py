@@ -1,5 +1,6 @@
 """`crystal export`: the newest checkpoint, one of them, or a share of all."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from trained_runs import Trained
 from crystal_hpc.cli import main
 from crystal_hpc.convert.export import parse_size
 from crystal_hpc.errors import CheckpointError
+from crystal_hpc.train.manifest import read_manifest
 
 
 @pytest.fixture
@@ -22,8 +24,7 @@ def run_folder(trained: Trained, tokenizer_folder: Path, tmp_path: Path) -> Path
     for step in (3, 4, 5):
         to = folder / "checkpoints" / "words" / f"step_{step:08d}"
         shutil.copytree(trained.checkpoint("plain"), to)
-        manifest = json.loads((to / "manifest.json").read_text())
-        (to / "manifest.json").write_text(json.dumps({**manifest, "step": step}))
+        dataclasses.replace(read_manifest(to), step=step).write(to)
     (folder / "run.yaml").write_text(text)
     return folder
 

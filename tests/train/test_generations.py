@@ -28,7 +28,7 @@ from crystal_hpc.train.generations import (
     unkeep,
     unlisted,
 )
-from crystal_hpc.train.manifest import FileEntry, Manifest, read_manifest
+from crystal_hpc.train.manifest import OWN_DIGEST, FileEntry, Manifest, own_digest, read_manifest
 from crystal_hpc.train.state import Position
 
 
@@ -101,7 +101,8 @@ def test_a_name_that_cannot_be_shown_is_refused(folder: Path, run: Run, name: st
 
 def edit_manifest(place: Path, **changes: object) -> None:
     content = json.loads((place / "manifest.json").read_text())
-    (place / "manifest.json").write_text(json.dumps(content | changes))
+    content |= changes
+    (place / "manifest.json").write_text(json.dumps(content | {OWN_DIGEST: own_digest(content)}))
 
 
 @pytest.mark.parametrize(
