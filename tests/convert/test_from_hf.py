@@ -76,7 +76,7 @@ def save_crystal(folder: Path) -> None:
         part = dict(list(tensors.items())[number::3])
         torch.save(part, folder / f"pytorch_model-0000{number}-of-00003.bin")
         placed |= dict.fromkeys(part, f"pytorch_model-0000{number}-of-00003.bin")
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": placed}))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
     config = {**CRYSTAL, "model_type": "crystalcoder", "architectures": ["CrystalCoderLMHeadModel"]}
     config |= {"activation_function": "swiglu", "position_embedding_type": "rotary", "mup_scale_qk_dot_by_d": True}
     (folder / "config.json").write_text(json.dumps(config))
