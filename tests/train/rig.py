@@ -5,19 +5,23 @@ a test can have fresh ranks, which it may kill at any moment. `run_ranks` starts
 """
 
 import itertools
+import logging
 import multiprocessing
 import os
 import pickle
 import shutil
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from crystal_hpc.train.preemption import Stop, StopFlag
+from crystal_hpc.train.preemption import StopFlag
 
 PATIENCE = 120
+LOG = "log.txt"
+"""In the run folder: what rank 0 logged, over all attempts."""
 
 _numbers = itertools.count()
 _context = multiprocessing.get_context("forkserver")
@@ -111,6 +115,7 @@ def train(
     *more: Any,
 ) -> Trained:
     """One attempt at a run; `prepare(job, *more)` is called before it and may break things in this process."""
+    from crystal_hpc.log import log
     from crystal_hpc.train import loop
 
     session, job = attempt(rank, size, meeting, folder, overrides)
@@ -118,6 +123,8 @@ def train(
     job.on_event = lambda event, at: events.append((event, at.phase, at.step))
     if prepare:
         prepare(job, *more)
+    if rank == 0:
+        log.addHandler(logging.FileHandler(folder / LOG))
     before = _steps_in(folder)
     ended = loop.train(job)
     job.metrics.close()
@@ -138,18 +145,15 @@ def attempt(rank: int, size: int, meeting: str, folder: Path, overrides: Sequenc
     return session, session.job(StopFlag(), 1, lambda *_: None)
 
 
-def stop_in_step(job: Any, number: int, reason: str = "TIME_LIMIT") -> None:
-    """Raises the flag at the beginning of the attempt's `number`-th step, as a signal would; for `prepare`."""
-    beat, begun = job.beat, 0
+def join(rank: int, size: int, meeting: str, folder: Path, overrides: Sequence[str] = ()) -> Any:
+    """This process as a rank with a model and an optimizer, and no data: a trainer. It writes to no run folder."""
+    from crystal_hpc.config.load import load_run
+    from crystal_hpc.model import parallel
+    from crystal_hpc.train.step import build_trainer
 
-    def listen(doing: str, step: bool = False) -> None:
-        nonlocal begun
-        beat(doing, step=step)
-        begun += step
-        if begun == number:
-            job.flag.told = Stop[reason]
-
-    job.beat = listen
+    run = load_run(folder / "run.yaml", tuple(overrides))
+    place = Path(tempfile.gettempdir(), meeting)
+    return build_trainer(run, parallel.start(run, rank, size, rank, place))
 
 
 def _losses(folder: Path) -> list[float]:
@@ -191,3 +195,39 @@ def branch(origin: Path, to: Path, last_step: int) -> Path:
     later = [f"step_{step:08d}" for step in range(last_step + 1, 5)]
     shutil.copytree(origin, to, ignore=shutil.ignore_patterns(*later, "meeting-*", "metrics.jsonl", "tensorboard"))
     return to
+
+
+_short_runs: dict[tuple[int, tuple[str, ...]], Path] = {}
+
+
+def short_run(new_run: Callable[..., Path], size: int = 1, *overrides: str) -> Path:
+    """A finished short run to which nothing happened, with all its generations; made once, and only to be copied."""
+    if (size, overrides) not in _short_runs:
+        distributed = f"parallel.distributed_optimizer={'true' if size > 1 else 'false'}"
+        folder = new_run("undisturbed", *SHORT, distributed, *overrides)
+        values(run_ranks(train, size, folder, ["checkpoints.asynchronous=false"]))
+        _short_runs[size, overrides] = folder
+    return _short_runs[size, overrides]
+
+
+def forge(place: Path, **changes: Any) -> None:
+    """Has a generation's manifest vouch for the files as they are now, and say something else of them."""
+    from crystal_hpc import files
+    from crystal_hpc.train.manifest import FileEntry, read_manifest
+
+    manifest = read_manifest(place)
+    entries = {
+        name: FileEntry((place / name).stat().st_size, files.digest_file(place / name)) for name in manifest.files
+    }
+    replace(manifest, **{"files": entries} | changes).write(place)
+
+
+def unlike(parts: Sequence[Any], reference: Path, instead: Callable[[str], str] = lambda key: key) -> list[str]:
+    """The keys of a rank's parts that are not, bit for bit, what a generation holds; `instead`: of another key."""
+    import torch
+
+    from crystal_hpc.train.distcp import Reader, Request
+
+    reader, targets = Reader(reference), [torch.empty_like(part.tensor) for part in parts]
+    reader.read([Request(instead(part.key), part.offset, target) for part, target in zip(parts, targets, strict=True)])
+    return [part.key for part, target in zip(parts, targets, strict=True) if not torch.equal(part.tensor, target)]

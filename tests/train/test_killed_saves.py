@@ -13,34 +13,13 @@ from typing import Any
 
 import killing
 import pytest
-from rig import SHORT, branch, generation, run_ranks, state_saved, steps_saved, train, values
+from rig import branch, generation, run_ranks, short_run, state_saved, steps_saved, train, values
 
 from crystal_hpc.train.manifest import read_manifest
 
 ASYNCHRONOUS, SYNCHRONOUS = "checkpoints.asynchronous=true", "checkpoints.asynchronous=false"
 MOMENTS = 20
 ALL = [f"prose/step_{step:08d}" for step in (1, 2, 3, 4)]
-Undisturbed = Callable[[int], Path]
-
-
-@pytest.fixture(scope="module")
-def kept() -> dict[int, Path]:
-    return {}
-
-
-@pytest.fixture
-def undisturbed(new_run: Callable[..., Path], kept: dict[int, Path]) -> Undisturbed:
-    """A short run to which nothing happened, by its number of ranks; made once."""
-
-    def get(size: int) -> Path:
-        if size not in kept:
-            distributed = f"parallel.distributed_optimizer={'true' if size > 1 else 'false'}"
-            kept[size] = new_run("undisturbed", *SHORT, distributed)
-            values(run_ranks(train, size, kept[size], [SYNCHRONOUS]))
-            assert steps_saved(kept[size]) == ALL
-        return kept[size]
-
-    return get
 
 
 Case = tuple[str, str, Callable[..., None], Any, int]
@@ -84,9 +63,9 @@ def moments(origin: Path, tmp_path: Path, override: str, size: int, victim: int,
 
 @pytest.mark.parametrize("override", [SYNCHRONOUS, ASYNCHRONOUS])
 def test_a_save_killed_at_twenty_random_moments_is_all_there_or_not_at_all(
-    undisturbed: Undisturbed, tmp_path: Path, override: str
+    new_run: Callable[..., Path], tmp_path: Path, override: str
 ) -> None:
-    origin = undisturbed(1)
+    origin = short_run(new_run)
     chosen = moments(origin, tmp_path, override, 1, 0, MOMENTS)
     cases = [(f"line-{at}", override, killing.die_at_line, at, 0) for at in chosen]
     began = kill_all(cases, origin, tmp_path, 1)
@@ -95,17 +74,17 @@ def test_a_save_killed_at_twenty_random_moments_is_all_there_or_not_at_all(
 
 @pytest.mark.parametrize("override", [SYNCHRONOUS, ASYNCHRONOUS])
 def test_a_save_killed_at_a_named_point_is_all_there_or_not_at_all(
-    undisturbed: Undisturbed, tmp_path: Path, override: str
+    new_run: Callable[..., Path], tmp_path: Path, override: str
 ) -> None:
     cases = [(point.replace(" ", "-"), override, killing.die_at_point, point, 0) for point in killing.POINTS]
-    began = kill_all(cases, undisturbed(1), tmp_path, 1)
+    began = kill_all(cases, short_run(new_run), tmp_path, 1)
     assert dict(zip(killing.POINTS, began, strict=True)) == dict.fromkeys(killing.POINTS, 1) | {"after the rename": 2}
 
 
 def test_one_of_two_ranks_killed_in_a_save_leaves_all_of_it_or_nothing(
-    undisturbed: Undisturbed, tmp_path: Path
+    new_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    origin = undisturbed(2)
+    origin = short_run(new_run, 2)
     chosen = list(moments(origin, tmp_path, ASYNCHRONOUS, 2, 1, 6))
     cases = [(f"line-{at}", ASYNCHRONOUS, killing.die_at_line, at, 1) for at in chosen]
     for override, points, victim in (
@@ -120,8 +99,8 @@ def test_one_of_two_ranks_killed_in_a_save_leaves_all_of_it_or_nothing(
     assert sum(began) >= len(cases), began
 
 
-def test_a_killed_save_leaves_a_manifest_only_in_what_counts(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    folder = branch(undisturbed(1), tmp_path / "cut", 1)
+def test_a_killed_save_leaves_a_manifest_only_in_what_counts(new_run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = branch(short_run(new_run), tmp_path / "cut", 1)
     run_ranks(train, 1, folder, [SYNCHRONOUS], killing.die_at_point, "before the manifest", 0)
     assert steps_saved(folder) == ["prose/step_00000001", "prose/step_00000002.pending"]
     with pytest.raises(Exception, match="no checkpoint, or its saving was cut short"):
