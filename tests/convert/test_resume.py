@@ -66,7 +66,7 @@ def content(folder: Path) -> dict[str, bytes]:
     found = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     if "manifest.json" in found:
         manifest = json.loads(found["manifest.json"])
-        manifest |= {"created": 0, "seconds": 0}
+        manifest |= {"created": 0, "seconds": 0, "xxh3": ""}
         found["manifest.json"] = json.dumps(manifest).encode()
     return found
 
