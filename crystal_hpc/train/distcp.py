@@ -10,6 +10,7 @@ between two chunks, and nothing starts helper processes, which would need shield
 ourselves because `.metadata` is a pickle: here it may name the few classes that belong in it and nothing else.
 """
 
+import contextlib
 import math
 import os
 import pickle
@@ -122,7 +123,8 @@ class FileWriter:
         """Appends a chunk, in pieces of at most about `LARGEST_CHUNK` bytes; its tensor is on the CPU."""
         for offset, part in _pieces(chunk.tensor):
             at = self._stream.tell()
-            torch.save(_alone(part), cast(IO[bytes], self._stream))
+            with _without_crc32():
+                torch.save(_alone(part), cast(IO[bytes], self._stream))
             place = tuple(a + b for a, b in zip(chunk.offset, offset, strict=True))
             length = self._stream.tell() - at
             self._placed.append(
@@ -143,6 +145,17 @@ class FileWriter:
     def abandon(self) -> None:
         """Closes the file as it is."""
         self._stream.abandon()
+
+
+@contextlib.contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Spares torch.save its archive's CRC-32, which costs as much as the writing; torch.load does not look at it."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _HashedFile:
