@@ -124,7 +124,8 @@ class FileWriter:
         """Appends a chunk, in pieces of at most `LARGEST_CHUNK` bytes; its tensor is on the CPU."""
         for offset, part in _pieces(chunk.tensor):
             at = self._stream.tell()
-            torch.save(_alone(part), cast(IO[bytes], self._stream))
+            with _without_crc32():
+                torch.save(_alone(part), cast(IO[bytes], self._stream))
             place = tuple(a + b for a, b in zip(chunk.offset, offset, strict=True))
             length = self._stream.tell() - at
             self._placed.append(
@@ -145,6 +146,17 @@ class FileWriter:
     def abandon(self) -> None:
         """Closes the file as it is."""
         self._stream.abandon()
+
+
+@contextlib.contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Spares torch.save its archive's CRC-32, which costs as much as the writing; torch.load does not look at it."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _HashedFile:
