@@ -31,6 +31,8 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/read.py
 	$(BIN)/python benchmarks/slurm.py
 	$(BIN)/python benchmarks/stage.py
+	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/convert.py
 
 cluster-up:
 	@$(DEVCLUSTER) up --nodes $(NODES) $(if $(ACCOUNTING),--accounting)

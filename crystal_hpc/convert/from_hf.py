@@ -143,7 +143,7 @@ class _Stream:
 
     def write(self, work: Work) -> None:
         """Writes what is not finished yet."""
-        with _without_crc(), one_thread():
+        with one_thread():
             for index, shard in enumerate(self._shards):
                 name = f"__0_{index}.distcp"
                 if name in work.finished:
@@ -235,17 +235,6 @@ def _dtypes(source: Source, entries: list[names.Entry], wanted: torch.dtype | No
                 )
             found[entry.megatron] = wanted or dtype
     return found
-
-
-@contextlib.contextmanager
-def _without_crc() -> Iterator[None]:
-    """Leaves out torch.save's own checksums, three quarters of its time; ours are ten times as fast, and stronger."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
 
 
 def _described(tensor: Tensor) -> dict[str, Any]:
