@@ -39,6 +39,7 @@ from crystal_hpc.errors import CheckpointError
 
 METADATA = ".metadata"
 LARGEST_CHUNK = 64 << 20  # bytes; a reader has to load a chunk whole, however little of it it needs
+EARLY = 8 << 20  # bytes after which the disk is given work
 FOR_MEGATRON = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 
 # What a damaged pickle or archive may come to.
@@ -165,7 +166,7 @@ class _HashedFile:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._hash = xxhash.xxh3_128()
         self._small = bytearray()
-        self._size = 0
+        self._size = self._written = self._started = 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -188,8 +189,14 @@ class _HashedFile:
 
     def _put(self, view: memoryview) -> None:
         self._hash.update(view)
+        self._written += len(view)
         while view:
             view = view[os.write(self._descriptor, view) :]
+        if self._written - self._started >= EARLY:
+            # Asked to drop what is not on the disk yet, the kernel begins to write it; else most waits for the fsync.
+            length = self._written - self._started
+            os.posix_fadvise(self._descriptor, self._started, length, os.POSIX_FADV_DONTNEED)
+            self._started = self._written
 
     def close(self) -> None:
         self.flush()
