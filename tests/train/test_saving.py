@@ -18,7 +18,7 @@ from rig import SHORT, Trained, branch, generation, run_ranks, short_run, state_
 
 from crystal_hpc import files
 from crystal_hpc.errors import CheckpointError
-from crystal_hpc.train import checkpoint, preemption, writing
+from crystal_hpc.train import checkpoint, preemption, record, writing
 from crystal_hpc.train.manifest import read_manifest
 
 NewRun = Callable[..., Path]
@@ -83,13 +83,13 @@ def no_waiting(job: Any, seconds: float) -> None:
 def test_the_optimizer_waits_for_the_copy_of_the_state(new_run: NewRun, tmp_path: Path) -> None:
     origin = short_run(new_run)
     folder = branch(origin, tmp_path / "waits", 0)
-    attempt(folder, breaking.slow_copy, 0.4)
+    attempt(folder, breaking.slow_copy, 2.0)
     assert_same_states(folder, origin)
     waits = [float(line) for line in (folder / "waited").read_text().split()]
     assert len(waits) == 3 and max(waits) > 0.1
 
     careless = branch(origin, tmp_path / "careless", 0)
-    attempt(careless, no_waiting, 0.4)
+    attempt(careless, no_waiting, 2.0)
     with pytest.raises(AssertionError, match="step 1"):  # this is what it would come to without
         assert_same_states(careless, origin)
 
@@ -219,7 +219,7 @@ def test_weights_that_steps_have_not_changed_stop_the_run_and_are_not_saved(
 
 
 def no_learning(_job: Any) -> None:
-    checkpoint.derive.learning_rate = lambda _phase, _step: 0.0
+    record.derive.learning_rate = lambda _phase, _step: 0.0
 
 
 def test_weights_may_stay_as_they_are_while_the_learning_rate_is_zero(new_run: NewRun, tmp_path: Path) -> None:
