@@ -11,6 +11,7 @@ layout, distributed optimizer or not, reads what any other has written.
 Names are Megatron's for optimizers that are not distributed: `optimizer.state.exp_avg.<parameter>`.
 """
 
+import functools
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,19 +135,27 @@ def _cut(places: list[_Place], prefix: str, flat: Tensor, start: int, saved: tup
                 at += length
 
 
-def _places(model: Any) -> dict[str, list[_Place]]:
+def _places(model: torch.nn.Module) -> dict[str, list[_Place]]:
     """Where each parameter of this rank, by its name here, lies in the whole model; a SwiGLU's is in two places."""
+    return _entries(model)[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _entries(model: Any) -> tuple[dict[str, list[_Place]], dict[str, bytes]]:
+    """What Megatron says of a model: places by parameter, and objects. Asked once, as asking takes a while."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     parameters = dict(model.named_parameters())
-    found: dict[str, list[_Place]] = {}
+    places: dict[str, list[_Place]] = {}
+    others: dict[str, bytes] = {}
     for name, entry in model.sharded_state_dict(metadata={"dp_cp_group": group}).items():
         if isinstance(entry, ShardedObject):
-            continue  # see `objects`
+            others |= _object(name, entry)
+            continue
         pieces = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-        found[name] = [_place(piece, parameters[name]) for piece in pieces]
-    missing = parameters.keys() - found.keys()
+        places[name] = [_place(piece, parameters[name]) for piece in pieces]
+    missing = parameters.keys() - places.keys()
     assert not missing, f"Megatron does not say where {sorted(missing)} belong"
-    return {name: found[name] for name in parameters}
+    return {name: places[name] for name in parameters}, others
 
 
 def _place(piece: ShardedTensor, parameter: Tensor) -> _Place:
@@ -162,21 +171,22 @@ def _place(piece: ShardedTensor, parameter: Tensor) -> _Place:
     )
 
 
-def objects(model: Any) -> dict[str, bytes]:
+def objects(model: torch.nn.Module) -> dict[str, bytes]:
     """What Megatron keeps of a module beside its tensors, as its own loader wants to find it; read by nobody here.
 
     These are Transformer Engine's FP8 scales: without FP8 there is nothing in them. Raises CheckpointError otherwise.
     """
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    found = {}
-    for name, entry in model.sharded_state_dict(metadata={"dp_cp_group": group}).items():
-        if isinstance(entry, ShardedObject):
-            _refuse_content(name, entry.data)
-            if not any(entry.replica_id if isinstance(entry.replica_id, tuple) else [entry.replica_id]):
-                buffer = io.BytesIO()
-                torch.save([entry.data], buffer)
-                found[entry.unique_key] = buffer.getvalue()
-    return found
+    return _entries(model)[1]
+
+
+def _object(name: str, entry: ShardedObject) -> dict[str, bytes]:
+    _refuse_content(name, entry.data)
+    copies = entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)
+    if any(copies):
+        return {}
+    buffer = io.BytesIO()
+    torch.save([entry.data], buffer)
+    return {entry.unique_key: buffer.getvalue()}
 
 
 def _refuse_content(name: str, data: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from crystal_hpc.train.preemption import StopFlag
 
-PATIENCE = 120
+PATIENCE = 400
 LOG = "log.txt"
 """In the run folder: what rank 0 logged, over all attempts."""
 

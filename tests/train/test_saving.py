@@ -95,7 +95,7 @@ def test_the_optimizer_waits_for_the_copy_of_the_state(new_run: NewRun, tmp_path
 
 
 def signal_while_writing(job: Any, part: float) -> None:
-    breaking.slow_writing(job, 0.5, part)
+    breaking.slow_writing(job, 3.0, part)  # longer than a step takes
     breaking.stop_in_step(job, 2)
 
 
