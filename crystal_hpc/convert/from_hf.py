@@ -19,19 +19,19 @@ import torch
 import xxhash
 from torch import Tensor
 
-import crystal_hpc
-from crystal_hpc import files
+from crystal_hpc import files, provenance
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Parallel, Run
 from crystal_hpc.convert import formats, names
 from crystal_hpc.convert.blocks import Background, Norm, as_bytes, contiguous, one_thread, transposed_in_memory
 from crystal_hpc.convert.hf_folder import HfFolder
-from crystal_hpc.convert.reader import IMPORT, key_of
+from crystal_hpc.convert.reader import IMPORT
 from crystal_hpc.convert.resume import Work, working
 from crystal_hpc.convert.shapes import as_run, check_same, write_model
 from crystal_hpc.convert.weights import SHARD_BYTES, Dtype, Meter, Progress, cut
 from crystal_hpc.errors import CheckpointError
 from crystal_hpc.train import distcp
+from crystal_hpc.train.keys import key_of
 from crystal_hpc.train.manifest import FileEntry, Manifest, TensorEntry
 
 PHASE = "converted"
@@ -256,7 +256,7 @@ def _manifest(source: Source, precision: str, work: Work, started: float) -> Man
         tensors={
             name: TensorEntry(tuple(about["shape"]), about["dtype"], about["norm"]) for name, about in tensors.items()
         },
-        commit=None, versions={"crystal_hpc": crystal_hpc.__version__, "torch": str(torch.__version__)},
+        commit=provenance.commit(), versions=provenance.versions(),
         created=time.time(), seconds=time.time() - started,
     )  # fmt: skip
 

@@ -19,10 +19,10 @@ from crystal_hpc.convert.names import Shape
 from crystal_hpc.convert.shapes import as_run, check_same, read_model
 from crystal_hpc.errors import CheckpointError
 from crystal_hpc.train import distcp
+from crystal_hpc.train.keys import is_stack, name_of
 from crystal_hpc.train.manifest import MANIFEST, Manifest, read_manifest
 
 IMPORT = "import.json"  # beside weights: where they came from
-LAYERS = "decoder.layers."
 _OPTIMIZER = ("optimizer.", "chained_")
 
 
@@ -108,22 +108,15 @@ def is_import(checkpoint: Path) -> bool:
     return (checkpoint / IMPORT).is_file()
 
 
-def key_of(name: str) -> tuple[str, int | None]:
-    """The key under which Megatron keeps a tensor, and which layer it is of a stack with that key."""
-    number, _, rest = name.removeprefix(LAYERS).partition(".")
-    return (LAYERS + rest, int(number)) if name.startswith(LAYERS) else (name, None)
-
-
 def _model_tensors(reader: distcp.Reader) -> Iterator[tuple[str, _Stored]]:
     for key, stored in reader.tensors.items():
         if key.startswith(_OPTIMIZER):
             continue
-        inside = key.removeprefix(LAYERS)
-        if key == inside or inside.split(".")[0].isdigit():
-            yield key, _Stored(key)
-        else:  # Megatron stacks the layers of a homogeneous model: the first axis is the layer
+        if is_stack(key):
             for layer in range(stored.size[0]):
-                yield f"{LAYERS}{layer}.{inside}", _Stored(key, layer)
+                yield name_of(key, layer), _Stored(key, layer)
+        else:
+            yield key, _Stored(key)
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:

@@ -29,7 +29,7 @@ def tensor_digests(checkpoint: Path) -> dict[str, str]:
 def differences(run: Path, reference: Path) -> list[str]:
     """What tells two finished runs of the same config apart, in words; empty if nothing does."""
     found = []
-    ends = sorted(path.relative_to(reference) for path in reference.glob("checkpoints/*/step_*/manifest.json"))
+    ends = sorted(path.relative_to(reference) for path in reference.glob("checkpoints/*/step_????????/manifest.json"))
     common = [path for path in ends if (run / path).exists()]
     last = [
         max((path for path in ends if path.parts[1] == phase), default=None) for phase in {p.parts[1] for p in ends}

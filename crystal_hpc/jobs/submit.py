@@ -56,7 +56,7 @@ def prepare(run: Run, cluster: Cluster | None, runs: Path) -> Path:
         if cluster:
             _refuse_running(folder)
     if run.start_from:
-        read_manifest(Path(run.start_from))  # is there, and whole
+        _check_start(run, Path(run.start_from))
     for part in ("attempts", "logs", "checkpoints"):
         files.make_folder(folder / part)
     if not (folder / "plan.json").exists():
@@ -65,6 +65,22 @@ def prepare(run: Run, cluster: Cluster | None, runs: Path) -> Path:
     if cluster:
         files.write_file(folder / "cluster.yaml", dump_yaml(cluster))
     return folder
+
+
+def _check_start(run: Run, folder: Path) -> None:
+    """Raises CheckpointError where the weights to begin with are not there, or are of another model.
+
+    Shapes alone do not tell: a model with other rotary pairs or muP multipliers has the same.
+    """
+    manifest = read_manifest(folder)
+    if manifest.kind == "training" and not (folder / "../../../run.yaml").exists():
+        return  # copied away from its run: what its model was is not known
+    from crystal_hpc.convert.names import Shape
+    from crystal_hpc.convert.reader import run_of
+    from crystal_hpc.convert.shapes import check_same
+
+    origin = run_of(folder)
+    check_same(Shape(run.model, run.mup), Shape(origin.model, origin.mup), str(folder))
 
 
 def is_finished(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from crystal_hpc import files
 from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Run
 from crystal_hpc.errors import RunError
+from crystal_hpc.train.generations import PRUNED
 
 Record = TypeVar("Record")
 # What reading a damaged record can raise, from a torn file to an infinite count.
@@ -317,7 +318,7 @@ def _records(history: History, pattern: str, parse: Callable[[Any], Record]) -> 
     """The JSON files of a kind; one that cannot be understood becomes a note."""
     for path in sorted(history.folder.glob(pattern)):
         name = path.relative_to(history.folder)
-        if any(part.endswith(files.PENDING) for part in name.parts):
+        if any(part.endswith((files.PENDING, PRUNED)) for part in name.parts):
             continue
         try:
             yield parse(files.read_json(path))

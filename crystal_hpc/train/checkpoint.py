@@ -266,7 +266,7 @@ class Saver:
                 record.refuse_stale(self._run, self._last, manifest)
                 manifest.write(pending)
                 files.commit_folder(pending, final)
-        except Exception as error:
+        except Exception as error:  # the other ranks wait to hear of it
             problem: BaseException = _sendable(error)
             return problem
         self._last = manifest
@@ -310,7 +310,9 @@ class Saver:
     def _prune(self) -> None:
         """Deletes what need not be kept, beside the training."""
         self.close()
-        self._pruning = threading.Thread(target=_prune, args=(self._folder, self._run), name="checkpoint-pruner")
+        # A daemon: a job that is told to leave need not wait, as the next start deletes what is left.
+        work = (self._folder, self._run)
+        self._pruning = threading.Thread(target=_prune, args=work, name="checkpoint-pruner", daemon=True)
         self._pruning.start()
 
     def _asked_name(self) -> str | None:

@@ -99,7 +99,8 @@ def train(job: Job) -> Ended:
         if stop is Stop.NO and job.evaluates:
             stop = _evaluate(job, position)
         if stop is not Stop.NO or position.phase >= last_phase:
-            saver.close()
+            if stop is Stop.NO:
+                saver.close()
             return Ended(stop, position)
         position = position.next_phase()
 

@@ -15,7 +15,7 @@ from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Run
 from crystal_hpc.data.order import PhaseOrder
 from crystal_hpc.errors import CheckpointError
-from crystal_hpc.train import sharding
+from crystal_hpc.train import keys
 from crystal_hpc.train.manifest import FileEntry, Manifest, TensorEntry, Why
 from crystal_hpc.train.state import Position
 from crystal_hpc.train.writing import RankResult
@@ -101,7 +101,7 @@ def _tensors(results: list[RankResult]) -> dict[str, TensorEntry]:
     for (key, layer), value in squares.items():
         place = about[key]
         shape = place.shape if layer is None else place.shape[1:]
-        name = sharding.name_in_model(key, layer)
+        name = keys.name_of(key, layer)
         found[name] = TensorEntry(tuple(shape), str(place.dtype).removeprefix("torch."), value**0.5)
     return dict(sorted(found.items()))
 

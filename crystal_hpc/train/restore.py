@@ -20,8 +20,9 @@ from crystal_hpc.log import log
 from crystal_hpc.train import generations, optim, sharding
 from crystal_hpc.train.distcp import Reader, Request
 from crystal_hpc.train.generations import Generation
+from crystal_hpc.train.keys import MAIN, STATE
 from crystal_hpc.train.manifest import Manifest, read_manifest
-from crystal_hpc.train.sharding import MAIN, STATE, Part
+from crystal_hpc.train.sharding import Part
 from crystal_hpc.train.state import Position
 from crystal_hpc.train.step import Trainer
 

@@ -24,16 +24,13 @@ from crystal_hpc.errors import CheckpointError
 from crystal_hpc.model import backend
 from crystal_hpc.train import optim
 from crystal_hpc.train.distcp import Index, boxes
+from crystal_hpc.train.keys import MAIN, MOMENTS, STATE
 from crystal_hpc.train.step import Trainer
 
 with backend.quiet():
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
-LAYERS = "decoder.layers."
-STATE = "optimizer.state."
-MAIN = "fp32_param"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SMALLEST_SHARE = 1 << 20  # bytes; a smaller part of a tensor is not worth a chunk of its own
 
 
@@ -73,7 +70,8 @@ def module(trainer: Trainer) -> torch.nn.Module:
     inner: Any = trainer.model
     while hasattr(inner, "module"):
         inner = inner.module
-    return inner  # type: ignore[no-any-return]
+    model: torch.nn.Module = inner
+    return model
 
 
 def model_parts(model: torch.nn.Module) -> list[Part]:
@@ -194,17 +192,6 @@ def _refuse_content(name: str, data: Any) -> None:
     empty = empty or (isinstance(data, io.BytesIO) and not data.getbuffer().nbytes)
     if not empty:
         raise CheckpointError(f"{name}: holds FP8 state, which checkpoints do not carry yet; train in bf16")
-
-
-def layer_of(key: str, offset: Index) -> int | None:
-    """The layer of a box of a model tensor whose key stands for the stack of all layers; None for other keys."""
-    inside = key.removeprefix(LAYERS)
-    return None if inside == key or inside.split(".")[0].isdigit() else offset[0]
-
-
-def name_in_model(key: str, layer: int | None) -> str:
-    """`decoder.layers.3.x` for layer 3 of the stack `decoder.layers.x`."""
-    return key if layer is None else f"{LAYERS}{layer}.{key.removeprefix(LAYERS)}"
 
 
 def data_rank() -> int:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from crystal_hpc import files
 from crystal_hpc.train.distcp import Chunk, FileWriter, Index, Written
+from crystal_hpc.train.keys import MOMENTS, STATE, is_stack
 from crystal_hpc.train.preemption import SIGNALS
-from crystal_hpc.train.sharding import MOMENTS, STATE, Part, layer_of
+from crystal_hpc.train.sharding import Part
 
 _MOMENTS = tuple(f"{STATE}{name}." for name in MOMENTS)
 NORM_BLOCK = 1 << 12  # numbers that are summed in float32 before sums go on in float64
@@ -141,7 +142,7 @@ class RankWriter:
                 writer.add(Chunk(part.key, part.shape, part.offset, host))
                 self.written += host.nbytes
                 if not part.key.startswith(STATE):
-                    squares[part.key, layer_of(part.key, part.offset)] += _sum_of_squares(host)
+                    squares[part.key, part.offset[0] if is_stack(part.key) else None] += _sum_of_squares(host)
                 if host.dtype == torch.float32 and not part.key.startswith(_MOMENTS):
                     weights[part.key, part.offset] = xxhash.xxh3_64_hexdigest(host.view(-1).numpy().data)
             for key, data in self._objects.items():

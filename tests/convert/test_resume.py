@@ -191,7 +191,7 @@ def test_what_is_finished_outlives_a_full_disk_but_not_a_source_that_cannot_be_c
         return before
 
     assert attempt(DiskError("full")) == [] and pending.exists()
-    assert attempt(KeyboardInterrupt("stop")) == ["one"] and pending.exists()  # type: ignore[arg-type]
+    assert attempt(KeyboardInterrupt("stop")) == ["one"] and pending.exists()
     assert attempt(CheckpointError("damaged")) == ["one"] and not pending.exists()
     assert attempt(DiskError("full")) == []
 

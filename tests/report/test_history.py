@@ -101,6 +101,7 @@ def test_a_damaged_record_is_left_out_and_noted(preempted_run: RunFolder, record
 def test_only_committed_checkpoints_are_read_in_the_order_of_training(preempted_run: RunFolder) -> None:
     (preempted_run.path / "checkpoints" / "code" / "step_00000050").mkdir()
     preempted_run.write("checkpoints/code/step_00000055.pending/manifest.json", {})
+    preempted_run.write("checkpoints/code/step_00000056.pruned/manifest.json", {})
     history = read_history(preempted_run.path)
     found = [(checkpoint.phase, checkpoint.step) for checkpoint in history.checkpoints]
     assert found == [("prose", 17), ("prose", 40), ("code", 20), ("code", 60)]

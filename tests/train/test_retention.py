@@ -128,7 +128,7 @@ def test_after_any_series_of_saves_the_run_can_go_on_and_little_is_left(new: Cal
             if chance.random() < 0.5:
                 continue
             why = chance.choice(["periodic", "preempted", "time limit", "asked for"])
-            found.append(at(run, step, why, verified=chance.random() < 0.2))  # type: ignore[arg-type]
+            found.append(at(run, step, why, verified=chance.random() < 0.2))
             newest_verified = found[-1] if found[-1].verified else newest_verified
             said = reasons_to_keep(run, found)
             found = [one for one in found if said[one.folder]]

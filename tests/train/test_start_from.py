@@ -46,6 +46,17 @@ def test_a_run_begins_with_the_weights_of_another_and_without_its_moments(
         assert (mains > 0) == (precision == "bf16")
 
 
+def test_weights_of_a_model_with_the_same_shapes_and_another_meaning_are_refused_at_once(
+    new_run: Callable[..., Path],
+) -> None:
+    source = generation(short_run(new_run, 1), 3)
+    new_run("alike", f"start_from={source}", "model.init_std=0.05")
+    with pytest.raises(CheckpointError, match=r"mup\.output_multiplier = 3\.0, not 2\.22"):
+        new_run("unlike", f"start_from={source}", "mup.output_multiplier=3.0")
+    with pytest.raises(CheckpointError, match="no such|has no manifest"):
+        new_run("nowhere", "start_from=nothing-there")
+
+
 def test_a_source_that_is_damaged_or_of_another_shape_is_refused(new_run: Callable[..., Path]) -> None:
     source = generation(short_run(new_run, 1), 3)
     (ended,) = run_ranks(begin, 1, new_run("wider"), source, "model.ffn=96")
