@@ -10,6 +10,9 @@ import math
 
 from crystal_hpc.config.schema import Model, Mup, Phase, Run
 
+MAY_CHANGE = ("parallel", "recompute", "kernels", "deterministic", "data")
+"""Sections of a run that may be others in its next attempt: they say how and where, not what is trained."""
+
 
 def phase_steps(phase: Phase) -> int:
     """Optimizer steps in a phase."""
@@ -118,7 +121,12 @@ def learning_rate(phase: Phase, step: int) -> float:
 
 def data_parallel(run: Run, ranks: int) -> int:
     """Data-parallel ranks among `ranks` ranks (which `check` has found divisible)."""
-    return ranks // (run.parallel.tensor * run.parallel.pipeline)
+    return ranks // model_parallel(run)
+
+
+def model_parallel(run: Run) -> int:
+    """Ranks that work on the same rows together."""
+    return run.parallel.tensor * run.parallel.pipeline * run.parallel.context
 
 
 def micro_batches(run: Run, phase: Phase, ranks: int) -> int:
@@ -129,10 +137,12 @@ def micro_batches(run: Run, phase: Phase, ranks: int) -> int:
 def run_digest(run: Run) -> str:
     """Identity of what is trained.
 
-    Leaves out the parallel layout and the keeping of checkpoints, which may change between attempts, and where data and
-    first weights lie (plan.json keeps the stores' digests).
+    Leaves out the parallel layout, how the same numbers are computed and the keeping of checkpoints, which may change
+    between attempts, and where data and first weights lie (plan.json keeps the stores' digests).
     """
-    content = run.model_dump(mode="json", exclude={"parallel", "data", "checkpoints", "start_from"})
+    content = run.model_dump(mode="json", exclude={*MAY_CHANGE, "checkpoints", "start_from"})
+    if run.fp8 is None:
+        del content["fp8"]  # so that a run keeps the identity that it had before there was the key
     for phase in content["phases"]:
         del phase["checkpoint_every"], phase["keep_every"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,11 +11,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from crystal_hpc.config import compute
+
 
 def json_schema(kind: type[BaseModel]) -> dict[str, Any]:
     """JSON Schema (2020-12) of a config model; every documented field carries its docstring as description."""
     schema = kind.model_json_schema()
-    docstrings = _field_docstrings(sys.modules[kind.__module__])
+    docstrings = _field_docstrings(sys.modules[kind.__module__]) | _field_docstrings(compute)
     for name, model in {kind.__name__: schema, **schema.get("$defs", {})}.items():
         for field, property_ in model.get("properties", {}).items():
             if said := docstrings.get((name, field)):

@@ -7,35 +7,10 @@ Unknown keys and wrong types are errors (`load` reports all of them at once); wh
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import Field
 
-from crystal_hpc.config.units import COUNT, DURATION, parse_count, parse_seconds
-
-Count = Annotated[
-    int,
-    BeforeValidator(parse_count),
-    Field(gt=0),
-    WithJsonSchema(
-        {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string", "pattern": f"^{COUNT}$"}]}
-    ),
-]
-Seconds = Annotated[
-    int,
-    BeforeValidator(parse_seconds),
-    Field(gt=0),
-    WithJsonSchema({"type": "string", "pattern": f"^{DURATION}$"}),
-    PlainSerializer(lambda seconds: f"{seconds}s", return_type=str, when_used="json"),
-]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-# A name becomes a folder, a job name and a word in a shell line.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
-
-
-class Strict(BaseModel):
-    """Immutable; no key beyond those declared; no silent change of type."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True, allow_inf_nan=False)
+from crystal_hpc.config.compute import Fp8, Kernels, Parallel, Recompute
+from crystal_hpc.config.fields import Count, Fraction, Name, Positive, Seconds, Strict
 
 
 class Model(Strict):
@@ -95,19 +70,6 @@ class Optimizer(Strict):
     """Share of a matrix or embedding taken away in a step, times its learning rate."""
     clip_grad: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
-
-
-class Parallel(Strict):
-    """How the ranks share the model; data-parallel ranks are what is left. May change between attempts of a run."""
-
-    tensor: Positive = 1
-    """Ranks that share every matrix; divides heads and ffn."""
-    pipeline: Positive = 1
-    """Stages that share the layers; divides layers."""
-    micro_batch: Positive = 1
-    """Sequences in one forward pass of one data-parallel rank."""
-    distributed_optimizer: bool = True
-    """Share the optimizer's state among the data-parallel ranks."""
 
 
 class Data(Strict):
@@ -211,6 +173,8 @@ class Run(Strict):
     """Decides the initial weights and the order of the samples."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of the forward and backward pass; main weights and gradients are float32 either way."""
+    fp8: Fp8 | None = None
+    """Matrix products in 8 bits; needs `precision: bf16`. Without it, none are."""
     model: Model
     """The architecture."""
     mup: Mup | None = None
@@ -219,6 +183,12 @@ class Run(Strict):
     """AdamW's numbers, the same in every phase."""
     parallel: Parallel = Parallel()
     """How the ranks share the model."""
+    recompute: Recompute = Recompute()
+    """What the backward pass computes again rather than keep in memory."""
+    kernels: Kernels = Kernels()
+    """Which implementations of the model's parts are used."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, which costs speed; on the CPU rig it is always so."""
     data: Data
     """The tokenizer and the token stores."""
     evaluation: Evaluation = Evaluation()

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from crystal_hpc import files, provenance
 from crystal_hpc.config import derive
-from crystal_hpc.config.schema import Parallel, Run
+from crystal_hpc.config.compute import Parallel
+from crystal_hpc.config.schema import Run
 from crystal_hpc.convert import formats, names
 from crystal_hpc.convert.blocks import Background, Norm, as_bytes, contiguous, one_thread, transposed_in_memory
 from crystal_hpc.convert.hf_folder import HfFolder

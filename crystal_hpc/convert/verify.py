@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from crystal_hpc import files
-from crystal_hpc.config.schema import Parallel, Run
+from crystal_hpc.config.compute import Kernels, Parallel
+from crystal_hpc.config.schema import Run
 from crystal_hpc.convert import sample
 from crystal_hpc.convert.hf_folder import MARKER
 from crystal_hpc.convert.reader import CheckpointReader
@@ -94,7 +95,8 @@ def _published_logits(folder: Path, architecture: str | None, rows: Tensor, roun
 @torch.no_grad()
 def _trained_logits(reader: CheckpointReader, run: Run, rows: Tensor, rounded: torch.dtype | None) -> Tensor:
     """Float32 logits (rows, length, vocabulary) of the Megatron model."""
-    alone = run.model_copy(update={"precision": "fp32", "parallel": Parallel()})
+    plain = {"precision": "fp32", "fp8": None, "parallel": Parallel(), "kernels": Kernels()}
+    alone = run.model_copy(update=plain)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as meeting:
         layout = parallel.start(alone, 0, 1, 0, Path(meeting, "store"))

@@ -222,7 +222,7 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [f"{where}: {old} there, {new} here"] if old != new else []
-    keys = [key for key in {**old, **new} if where or key not in ("parallel", "data")]
+    keys = [key for key in {**old, **new} if where or key not in derive.MAY_CHANGE]
     return [
         line
         for key in keys

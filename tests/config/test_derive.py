@@ -176,3 +176,6 @@ def test_the_digest_of_a_run_leaves_out_where_it_runs_and_where_data_lie() -> No
     assert derive.run_digest(moved) == digest
     assert derive.run_digest(crystal(seed=2)) != digest
     assert derive.run_digest(crystal(precision="fp32")) != digest
+    assert derive.run_digest(crystal(fp8={"recipe": "tensorwise"})) != digest
+    how: dict[str, Any] = {"recompute": {"mode": "full"}, "kernels": {"layers": "megatron"}, "deterministic": True}
+    assert derive.run_digest(crystal(**how)) == digest

@@ -12,7 +12,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from crystal_hpc.config.schema import Parallel
+from crystal_hpc.config.compute import Parallel
 from crystal_hpc.convert.export import Options, import_folder
 from crystal_hpc.convert.from_hf import opened
 from crystal_hpc.convert.reader import CheckpointReader
