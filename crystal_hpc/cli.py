@@ -82,13 +82,20 @@ def config_schema(kind: str) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @SETTINGS
 def plan(file: Path, overrides: tuple[str, ...]) -> None:
-    """Show tokens, steps and epochs by source and phase, before anything runs."""
+    """Show tokens, steps and epochs by source and phase, before anything runs.
+
+    Where stores are missing or do not fit, the plan comes without what depends on them, and the exit code is 2.
+    """
     from crystal_hpc.config.load import load_run
-    from crystal_hpc.data.sources import read_sources
+    from crystal_hpc.data.sources import survey_sources
+    from crystal_hpc.errors import ConfigError
     from crystal_hpc.report.plan import describe_plan, make_plan
 
     run = load_run(file, overrides)
-    click.echo(describe_plan(run, make_plan(run, read_sources(run))))
+    sources, problems = survey_sources(run)
+    click.echo(describe_plan(run, make_plan(run, sources)))
+    if problems:
+        raise ConfigError(problems, f"run {run.name}")
 
 
 @main.command()
@@ -219,6 +226,7 @@ main.add_command(data)
 @click.option("--step", type=int, help="Default: the newest of the phase.")
 @click.option("--all", "every", is_flag=True, help="Every checkpoint; those that are there already are left alone.")
 @click.option("--share", metavar="I/N", help="As --all, but only every N-th one, from the I-th on (0/8 to 7/8).")
+@click.option("--name", help="Of the folders in RUN/exports: 'CrystalCoder_{phase}_checkpoint_{step:06d}'.")
 @click.option("--format", "kind", default="crystalcoder", show_default=True, help="Or llama, stablelm.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights; default: as trained.")
 @click.option("--shard-size", default="5GB", show_default=True, help="Largest file of weights.")
@@ -231,17 +239,19 @@ main.add_command(data)
 @click.option("--no-verify", "verify", flag_value="none", help="The same as --verify none.")
 @with_progress
 def export(
-    run: Path, out: Path | None, phase: str | None, step: int | None, every: bool, share: str | None, kind: str,
-    dtype: Any, shard_size: str, overwrite: bool, skip_done: bool, verify: Any, on_progress: Any,
+    run: Path, out: Path | None, phase: str | None, step: int | None, every: bool, share: str | None, name: str | None,
+    kind: str, dtype: Any, shard_size: str, overwrite: bool, skip_done: bool, verify: Any, on_progress: Any,
 ) -> None:  # fmt: skip
     """Convert a checkpoint to a Hugging Face folder; after a kill, the same command goes on."""
     if (every or share) and (out or step is not None):
         raise click.UsageError("--all and --share choose the checkpoints and the folders: without --out and --step")
+    if name is not None and out:
+        raise click.UsageError("--name chooses folders in RUN/exports: without --out")
     part = _parse_share(share or "0/1")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparison wants plain float32, on a GPU machine too
     from crystal_hpc.convert.export import Options, export_run, export_share, parse_size
 
-    options = Options(kind, dtype, parse_size(shard_size), verify, overwrite, skip_done)
+    options = Options(kind, dtype, parse_size(shard_size), verify, overwrite, name, skip_done)
     if not (every or share):
         click.echo(export_run(run, out, phase, step, options, on_progress))
         return

@@ -190,6 +190,14 @@ def test_the_plan_shows_tokens_and_epochs_of_each_source(
     assert "100.0%" in result.output
 
 
+def test_a_plan_without_the_data_is_shown_and_refused(
+    crystal: Callable[..., Result], tiny_config: Config, write_config: Write
+) -> None:
+    result = crystal("plan", write_config(tiny_config), "data.sources.code=/nowhere")
+    refused(result, "data.sources.code: no token store at /nowhere")
+    assert "12 steps in 3 phases" in result.output
+
+
 def test_config_check_and_schema_answer(
     crystal: Callable[..., Result], tiny_config: Config, write_config: Write
 ) -> None:

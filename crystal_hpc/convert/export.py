@@ -39,8 +39,17 @@ class Options:
     verify: Verify = "all"
     """`weights`: digests and norms, read back; `all`: logits too; `none`: not even the source's digests."""
     overwrite: bool = False
+    name: str | None = None
+    """How folders are called, with `{phase}` and `{step}` in it (`{step:06d}`); None: by phase and step."""
     skip_done: bool = False
     """Whether an export that is there already, of the same checkpoint and options, is what was asked for."""
+
+    def __post_init__(self) -> None:
+        """Raises CheckpointError for a name that would not give each phase and step a folder of its own."""
+        name = self.name if self.name is not None else "{phase}{step}"
+        plain = re.sub(r"\{phase\}|\{step(:0?\d+d)?\}", "", name)
+        if re.search(r"[{}/]", plain) or "{phase}" not in name or "{step" not in name:
+            raise CheckpointError(f"--name {name!r}: write it with {{phase}} and {{step}} or {{step:06d}} in it")
 
 
 def export_run(
@@ -106,8 +115,11 @@ def _load_run(folder: Path) -> Run:
 
 
 def _place(folder: Path, checkpoint: Path, options: Options) -> Path:
+    phase, step = checkpoint.parent.name, int(checkpoint.name.removeprefix("step_"))
+    if options.name is not None:
+        return folder / "exports" / options.name.format(phase=phase, step=step)
     suffix = "" if options.format == weights.FORMAT.name else f"-{options.format}"
-    return folder / "exports" / f"{checkpoint.parent.name}-{checkpoint.name.removeprefix('step_')}{suffix}"
+    return folder / "exports" / f"{phase}-{step:08d}{suffix}"
 
 
 def export_checkpoint(

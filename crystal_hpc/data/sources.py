@@ -72,6 +72,14 @@ def open_source(info: StoreInfo, vocab_size: int | None = None, check: bool = Tr
 
 def read_sources(run: Run) -> Sources:
     """Reads what the run's stores say of themselves. Raises ConfigError with everything that does not fit."""
+    found, problems = survey_sources(run)
+    if problems:
+        raise ConfigError(problems, f"run {run.name}")
+    return found
+
+
+def survey_sources(run: Run) -> tuple[Sources, list[str]]:
+    """What of the run's stores is there, and everything that is missing or does not fit."""
     problems: list[str] = []
     fingerprint, vocab_size = "", 0
     try:
@@ -89,9 +97,7 @@ def read_sources(run: Run) -> Sources:
     problems.extend(_too_short(run, training) or _read_too_often(run, training))
     problems.extend(_other_lengths(run, training, held_out))
     problems.extend(_no_fim(run, training))
-    if problems:
-        raise ConfigError(problems, f"run {run.name}")
-    return Sources(training, held_out, fingerprint)
+    return Sources(training, held_out, fingerprint), problems
 
 
 def _read_stores(named: dict[str, str], key: str, fingerprint: str, problems: list[str]) -> dict[str, StoreInfo]:

@@ -2,15 +2,18 @@
 
 All of it is arithmetic on the config and the sizes of the stores (`data.order`), so it needs no torch and a fraction of
 a second, on a login node. `crystal submit` keeps it as plan.json: the run's data as it stood when the run began.
+Of a store that is not there yet only the size is unknown, and with it epochs and repeats.
 """
 
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Phase, Run
 from crystal_hpc.config.units import format_count
+from crystal_hpc.data.catalog import StoreInfo
 from crystal_hpc.data.order import PhaseOrder, run_orders
 from crystal_hpc.data.sources import Sources
 
@@ -19,9 +22,9 @@ Planned = dict[str, Any]
 
 
 def make_plan(run: Run, sources: Sources) -> dict[str, Any]:
-    """The content of plan.json."""
-    epochs = dict.fromkeys(sources.training, 0.0)
-    orders = run_orders(run, sources.tokens)
+    """The content of plan.json; what depends on the size of a store that is not among `sources` is None."""
+    epochs: dict[str, float | None] = {name: 0.0 if name in sources.training else None for name in run.data.sources}
+    orders = run_orders(run, dict.fromkeys(run.data.sources, 0) | sources.tokens)
     phases = [_phase(phase, order, epochs) for phase, order in zip(run.phases, orders, strict=True)]
     return {
         "run": run.name,
@@ -30,31 +33,39 @@ def make_plan(run: Run, sources: Sources) -> dict[str, Any]:
         "parameters": derive.parameters(run.model),
         "tokens": derive.total_tokens(run),
         "sources": {
-            name: {"store": str(info.folder), "tokens": info.tokens, "digest": info.digest, "epochs": epochs[name]}
-            for name, info in sources.training.items()
+            name: _store(folder, sources.training.get(name)) | {"epochs": epochs[name]}
+            for name, folder in run.data.sources.items()
         },
         "phases": phases,
     }
 
 
-def _phase(phase: Phase, order: PhaseOrder, epochs: dict[str, float]) -> Planned:
+def _store(folder: str, info: StoreInfo | None) -> Planned:
+    tokens, digest = (info.tokens, info.digest) if info else (None, None)
+    return {"store": str(Path(folder)), "tokens": tokens, "digest": digest}
+
+
+def _phase(phase: Phase, order: PhaseOrder, epochs: dict[str, float | None]) -> Planned:
     """One phase of the plan; moves `epochs`, how often the run has read each source so far, to the phase's end."""
     samples = derive.phase_samples(phase)
     used = {}
     for k, (name, count) in enumerate(order.consumed(samples).items()):
-        before = epochs[name]
-        epochs[name] += count / order.rows[k]
-        repeat = order.first_repeat(name, samples)
+        before, read, repeat, repeated = epochs[name], None, None, 0
+        if order.rows[k]:
+            read = count / order.rows[k]
+            repeat = order.first_repeat(name, samples)
+            repeated = max(0, order.start[k] + count - max(order.start[k], order.rows[k]))
+        epochs[name] = None if before is None or read is None else before + read
         used[name] = {
             "samples": count,
             "tokens": count * phase.sequence_length,
-            "epochs": count / order.rows[k],
+            "epochs": read,
             # Whatever the sequence length: the text is the same.
             "epochs_before": before,
             "epochs_after": epochs[name],
             # Of rows that this order gave before: counted anew for another sequence length.
             "first_repeat_step": None if repeat is None else repeat // phase.batch_size,
-            "repeated_samples": max(0, order.start[k] + count - max(order.start[k], order.rows[k])),
+            "repeated_samples": repeated,
         }
     return {
         "name": phase.name,
@@ -88,14 +99,15 @@ def _table(plan: dict[str, Any]) -> Iterator[str]:
         yield _line(wide, phase["name"], f"{phase['steps']:,}", format_count(phase["tokens"]))
         for name, used in phase["sources"].items():
             first, share = used["first_repeat_step"], _share(used["tokens"], phase["tokens"])
-            epochs = f"{used['epochs']:.2f}", f"{used['epochs_after']:.2f}"
+            epochs = _epochs(used["epochs"]), _epochs(used["epochs_after"])
             repeats = "" if first is None else f"step {first:,}"
             yield _line(wide, f"  {name}", "", format_count(used["tokens"]), share, *epochs, repeats)
     yield _line(wide, "whole run", "", format_count(plan["tokens"]), "", "", "", "in store")
     for name, source in plan["sources"].items():
         tokens = sum(phase["sources"].get(name, {}).get("tokens", 0) for phase in plan["phases"])
-        cells = format_count(tokens), _share(tokens, plan["tokens"]), f"{source['epochs']:.2f}"
-        yield _line(wide, f"  {name}", "", *cells, "", format_count(source["tokens"]))
+        cells = format_count(tokens), _share(tokens, plan["tokens"]), _epochs(source["epochs"])
+        size = "missing" if source["tokens"] is None else format_count(source["tokens"])
+        yield _line(wide, f"  {name}", "", *cells, "", size)
 
 
 def _line(wide: int, name: str, *cells: str) -> str:
@@ -132,6 +144,10 @@ def _notes(plan: dict[str, Any]) -> Iterator[str]:
     if repeated:
         share = _share(repeated, plan["tokens"])
         yield from _note(f"whole run: {format_count(repeated)} tokens ({share}) are in rows read before")
+
+
+def _epochs(count: float | None) -> str:
+    return "?" if count is None else f"{count:.2f}"
 
 
 def _share(part: int, whole: int) -> str:

@@ -98,9 +98,22 @@ def test_a_share_must_be_one(share: str, run_folder: Path) -> None:
     assert "is not like 0/8" in export(run_folder, f"--share={share}").output or not share
 
 
+def test_folders_may_be_called_as_crystals_branches_are(run_folder: Path) -> None:
+    export(run_folder, "--name", "CrystalCoder_{phase}_checkpoint_{step:06d}")
+    assert exports(run_folder) == ["CrystalCoder_words_checkpoint_000005"]
+    again = export(run_folder, "--share", "2/3", "--name", "CrystalCoder_{phase}_checkpoint_{step:06d}")
+    assert "was exported already" in again.output
+
+
+@pytest.mark.parametrize("name", ["", "{phase}", "{step}", "{phase}/{step}", "{phase}{step}{seed}", "{phase}{step:s}"])
+def test_a_name_must_tell_phases_and_steps_apart(name: str, run_folder: Path) -> None:
+    assert "write it with {phase} and {step}" in failed(export(run_folder, "--name", name))
+
+
 def test_options_that_exclude_each_other_are_refused(run_folder: Path) -> None:
     for options in (("--all", "--step", 3), ("--share", "0/2", "--out", "x")):
         assert "without --out and --step" in export(run_folder, *options).output
+    assert "without --out" in export(run_folder, "--name", "{phase}-{step}", "--out", "x").output
     assert not (run_folder / "exports").exists()
 
 

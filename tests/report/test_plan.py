@@ -11,7 +11,7 @@ from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Phase, Run
 from crystal_hpc.data.catalog import rows
 from crystal_hpc.data.order import run_orders
-from crystal_hpc.data.sources import read_sources
+from crystal_hpc.data.sources import read_sources, survey_sources
 from crystal_hpc.report.plan import describe_plan, make_plan
 
 # Reads prose more than once in its first phase, and code in rows of another length in the last.
@@ -114,3 +114,22 @@ def test_a_plan_that_repeats_nothing_has_no_notes(
     plan = make_plan(run, read_sources(run))
     assert "note" not in describe_plan(run, plan)
     assert all(used["first_repeat_step"] is None for phase in plan["phases"] for used in phase["sources"].values())
+
+
+def test_without_a_store_all_but_its_epochs_is_planned(
+    tiny_config: dict[str, Any], write_config: Callable[..., Path]
+) -> None:
+    whole = load_run(write_config(tiny_config))
+    known = make_plan(whole, read_sources(whole))
+    tiny_config["data"]["sources"]["code"] = "nowhere"
+    run = load_run(write_config(tiny_config))
+    sources, problems = survey_sources(run)
+    assert [problem.split(":")[0] for problem in problems] == ["data.sources.code"]
+    plan = make_plan(run, sources)
+    for planned, before in zip(plan["phases"], known["phases"], strict=True):
+        for name, used in planned["sources"].items():
+            unknown = {"epochs": None, "epochs_before": None, "epochs_after": None, "first_repeat_step": None}
+            assert used == before["sources"][name] | (unknown if name == "code" else {})
+    assert plan["sources"]["code"] == {"store": "nowhere", "tokens": None, "digest": None, "epochs": None}
+    (last,) = [line for line in describe_plan(run, plan).splitlines() if line.endswith("missing")]
+    assert last.split()[0] == "code" and "?" in last
