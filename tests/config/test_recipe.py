@@ -21,6 +21,7 @@ import pytest
 from crystal_hpc.config import derive
 from crystal_hpc.config.load import check_layout, load_cluster, load_run
 from crystal_hpc.config.schema import Phase, Run
+from crystal_hpc.config.units import parse_count
 from crystal_hpc.convert.export import Options
 from crystal_hpc.convert.formats import by_name
 from crystal_hpc.convert.names import Shape, size
@@ -314,3 +315,14 @@ def test_crystal_fits_the_numbers_of_nodes_that_it_names(crystal: Run) -> None:
     for nodes in numbers:
         overrides = [f"nodes={nodes}", "slurm.evaluate=null"]
         check_layout(crystal, load_cluster(CONFIGS / "clusters/slurm-requeue.yaml", overrides))
+
+
+def test_the_page_about_the_recipe_gives_the_sizes_of_the_configs() -> None:
+    page = (CONFIGS.parent / "docs/recipe.md").read_text()
+    lines = re.findall(r"^\| ((?:crystal|llama)-\w+) \| ([\d,]+) \| ([\d.]+[BT]) \| ([\d,]+) \|", page, re.MULTILINE)
+    assert len(lines) == 5
+    for name, parameters, tokens, steps in lines:
+        run = load_run(CONFIGS / f"{name}.yaml")
+        assert f"{derive.parameters(run.model):,}" == parameters
+        assert derive.total_tokens(run) == pytest.approx(parse_count(tokens), rel=2e-3)
+        assert f"{sum(map(derive.phase_steps, run.phases)):,}" == steps
