@@ -251,7 +251,7 @@ def export(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparison wants plain float32, on a GPU machine too
     from crystal_hpc.convert.export import Options, export_run, export_share, parse_size
 
-    options = Options(kind, dtype, parse_size(shard_size), verify, overwrite, name, skip_done)
+    options = Options(kind, dtype, parse_size(shard_size), verify, overwrite, skip_done, name)
     if not (every or share):
         click.echo(export_run(run, out, phase, step, options, on_progress))
         return

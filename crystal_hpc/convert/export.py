@@ -39,10 +39,10 @@ class Options:
     verify: Verify = "all"
     """`weights`: digests and norms, read back; `all`: logits too; `none`: not even the source's digests."""
     overwrite: bool = False
-    name: str | None = None
-    """How folders are called, with `{phase}` and `{step}` in it (`{step:06d}`); None: by phase and step."""
     skip_done: bool = False
     """Whether an export that is there already, of the same checkpoint and options, is what was asked for."""
+    name: str | None = None
+    """How folders are called, with `{phase}` and `{step}` in it (`{step:06d}`); None: by phase and step."""
 
     def __post_init__(self) -> None:
         """Raises CheckpointError for a name that would not give each phase and step a folder of its own."""
