@@ -1,0 +1,122 @@
+"""The memory that the config's arithmetic foretells, against that of real models on the CPU rig, and on a GPU."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rig
+import torch
+
+from crystal_hpc.config import memory
+from crystal_hpc.config.load import load_run
+from crystal_hpc.config.schema import Run
+
+MODEL = "model={layers: 4, hidden: 64, heads: 4, ffn: 176, vocab_size: 536, norm: layernorm}"
+PHASE = (
+    "phases=[{name: prose, sequence_length: 64, batch_size: 8, steps: 1, mixture: {prose: 1.0}, "
+    "learning_rate: {peak: 0.01, end: 0.001}}]"
+)
+# What the rig runs; on a GPU the plan expects Transformer Engine.
+RIG = "kernels={layers: megatron}"
+LAYOUTS = {
+    "one rank": (1, ()),
+    "one rank, bfloat16": (1, ("precision=bf16",)),
+    "distributed optimizer": (2, ("parallel.distributed_optimizer=true",)),
+    "distributed optimizer, bfloat16": (2, ("parallel.distributed_optimizer=true", "precision=bf16")),
+    "TP=2": (2, ("parallel.tensor=2",)),
+    "PP=2, bfloat16": (2, ("parallel.pipeline=2", "precision=bf16")),
+    "PP=2, untied, no biases": (2, ("parallel.pipeline=2", "model.tied_embeddings=false", "model.bias=false")),
+}
+# Megatron's distributed optimizer begins each parameter at a multiple of 64 elements, and ends the buffer at one of 128.
+START, END = 64, 128
+
+
+class Kept:
+    """Counts the bytes that autograd keeps for a backward pass, each storage once, and their peak."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.users: dict[int, int] = {}
+        self.bytes = self.peak = 0
+
+    def pack(self, tensor: torch.Tensor) -> "Entry":
+        return Entry(self, tensor.detach())
+
+    def change(self, tensor: torch.Tensor, by: int) -> None:
+        place, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        if place in self.weights:
+            return
+        before = self.users.get(place, 0)
+        self.users[place] = before + by
+        self.bytes += size * (bool(before + by) - bool(before))
+        self.peak = max(self.peak, self.bytes)
+
+
+class Entry:
+    """One tensor that autograd keeps, until it lets go of it."""
+
+    def __init__(self, kept: Kept, tensor: torch.Tensor) -> None:
+        self.kept, self.tensor = kept, tensor
+        kept.change(tensor, 1)
+
+    def __del__(self) -> None:
+        self.kept.change(self.tensor, -1)
+
+
+def batch(run: Run, size: int) -> Any:
+    from crystal_hpc.config import derive
+    from crystal_hpc.data.batches import StepBatch
+
+    phase = run.phases[0]
+    shape = derive.micro_batches(run, phase, size), run.parallel.micro_batch, phase.sequence_length + 1
+    rows = torch.randint(0, run.model.vocab_size, shape, device="cpu")
+    return StepBatch(rows[..., :-1].contiguous(), rows[..., 1:].contiguous())
+
+
+def sizes(rank: int, size: int, meeting: str, folder: Path) -> dict[str, int]:
+    """Bytes of a real model after a real step."""
+    from crystal_hpc.train import optim
+    from crystal_hpc.train.step import train_step
+
+    trainer = rig.join(rank, size, meeting, folder)
+    kept = Kept(trainer.model)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda entry: entry.tensor):
+        train_step(trainer, batch(trainer.run, size), 1e-3, [])
+    assert kept.bytes == 0, "all that was kept has been let go"
+    parameters = list(trainer.model.parameters())
+    state = 0
+    for parameter, stretch in optim.states(trainer.optimizer):
+        mine = [*stretch.state.values()] if parameter.dtype == torch.float32 else [stretch.main, *stretch.state.values()]
+        state += sum(tensor.nbytes for tensor in mine if tensor.numel() > 1)
+    return {
+        "weights": sum(parameter.nbytes for parameter in parameters),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in trainer.model.buffers),
+        "optimizer": state,
+        "parameters": len(parameters),
+        "kept": kept.peak,
+    }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_formulas_give_what_a_real_model_takes(new_run: Callable[..., Path], name: str) -> None:
+    size, overrides = LAYOUTS[name]
+    folder = new_run("sizes", MODEL, PHASE, *overrides)
+    run = load_run(folder / "run.yaml", (RIG,))
+    found = rig.values(rig.run_ranks(sizes, size, folder))
+    stages = memory.stages(run, run.phases[0], size)
+    if len(stages) == 1:
+        stages *= size
+    distributed = run.parallel.distributed_optimizer
+    for real, planned in zip(found, stages, strict=True):
+        padding = 4 * (START * real["parameters"] + END) if distributed else 0
+        assert real["weights"] == planned.weights
+        assert planned.gradients <= real["gradients"] <= planned.gradients + padding
+        assert planned.optimizer - padding <= real["optimizer"] <= planned.optimizer + 3 * padding
+        number = memory._Activations(run, run.phases[0])
+        saved = planned.activations - planned.in_flight * number.sent(planned.stage)
+        assert saved == pytest.approx(real["kept"], rel=0.03)
+    if distributed:
+        shares = sum(real["optimizer"] for real in found)
+        assert shares == pytest.approx(sum(planned.optimizer for planned in stages), abs=size)
