@@ -81,14 +81,21 @@ def config_schema(kind: str) -> None:
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @SETTINGS
-def plan(file: Path, overrides: tuple[str, ...]) -> None:
-    """Show tokens, steps and epochs by source and phase, before anything runs."""
-    from crystal_hpc.config.load import load_run
+@click.option("--cluster", type=click.Path(path_type=Path), help="Cluster file: its ranks, and the memory of its GPUs.")
+@click.option("--memory", is_flag=True, help="Only the memory of each GPU; the data need not be there.")
+def plan(file: Path, overrides: tuple[str, ...], cluster: Path | None, memory: bool) -> None:
+    """Show tokens, steps and epochs by source and phase, and the memory of each GPU, before anything runs."""
+    from crystal_hpc.config.load import check_layout, load_cluster, load_run
     from crystal_hpc.data.sources import read_sources
+    from crystal_hpc.report.footprint import describe_memory
     from crystal_hpc.report.plan import describe_plan, make_plan
 
-    run = load_run(file, overrides)
-    click.echo(describe_plan(run, make_plan(run, read_sources(run))))
+    run, machine = load_run(file, overrides), load_cluster(cluster) if cluster else None
+    if machine:
+        check_layout(run, machine)
+    if not memory:
+        click.echo(describe_plan(run, make_plan(run, read_sources(run))) + "\n")
+    click.echo(describe_memory(run, machine))
 
 
 @main.command()

@@ -13,6 +13,7 @@ from crystal_hpc.config import devices
 from crystal_hpc.config.load import load_run
 from crystal_hpc.train import measure
 
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     return list(files.read_lines(folder / "metrics.jsonl"))
 

@@ -88,7 +88,9 @@ def sizes(rank: int, size: int, meeting: str, folder: Path) -> dict[str, int]:
     parameters = list(trainer.model.parameters())
     state = 0
     for parameter, stretch in optim.states(trainer.optimizer):
-        mine = [*stretch.state.values()] if parameter.dtype == torch.float32 else [stretch.main, *stretch.state.values()]
+        mine = (
+            [*stretch.state.values()] if parameter.dtype == torch.float32 else [stretch.main, *stretch.state.values()]
+        )
         state += sum(tensor.nbytes for tensor in mine if tensor.numel() > 1)
     return {
         "weights": sum(parameter.nbytes for parameter in parameters),
