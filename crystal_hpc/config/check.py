@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
+from crystal_hpc.config import check_compute as compute
 from crystal_hpc.config import derive, devices
 from crystal_hpc.config.schema import Cluster, Phase, Run, Slurm
 
@@ -26,12 +27,11 @@ def run_problems(run: Run) -> Iterator[str]:
         yield f"model.heads: {model.heads} does not divide model.hidden = {model.hidden}"
     elif int(model.hidden // model.heads * model.rotary_fraction) % 2:
         yield f"model.rotary_fraction: {model.rotary_fraction} of a head of {model.hidden // model.heads} is odd"
-    for key, size in (("heads", model.heads), ("ffn", model.ffn)):
-        if size % parallel.tensor:
-            yield (
-                f"parallel.tensor: {parallel.tensor} does not divide model.{key} = {size}; "
-                f"choose one of {_divisors(size)}"
-            )
+    if model.heads % parallel.tensor:
+        yield (
+            f"parallel.tensor: {parallel.tensor} does not divide model.heads = {model.heads}; "
+            f"choose one of {_divisors(model.heads)}"
+        )
     if model.vocab_size % parallel.tensor:
         # Megatron would pad the vocabulary, and the loss of a layout would count tokens that do not exist.
         fits = math.ceil(model.vocab_size / parallel.tensor) * parallel.tensor
@@ -44,6 +44,7 @@ def run_problems(run: Run) -> Iterator[str]:
             f"parallel.pipeline: {parallel.pipeline} does not divide model.layers = {model.layers}; "
             f"choose one of {_divisors(model.layers)}"
         )
+    yield from compute.problems(run)
     names = [phase.name for phase in run.phases]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"phases: two phases are called {name!r}; give each its own name"
@@ -132,17 +133,15 @@ def _staging_problems(cluster: Cluster) -> Iterator[str]:
 
 def layout_problems(run: Run, cluster: Cluster) -> Iterator[str]:
     """Everything in a run that cannot work on this cluster."""
-    block = run.parallel.tensor * run.parallel.pipeline
+    block = derive.model_parallel(run)
+    product = "tensor x pipeline" + " x context" * (run.parallel.context > 1)
     if cluster.ranks % block:
-        yield (
-            f"parallel: tensor x pipeline = {block} does not divide the {cluster.ranks} ranks "
-            f"of cluster {cluster.name!r}"
-        )
+        yield (f"parallel: {product} = {block} does not divide the {cluster.ranks} ranks of cluster {cluster.name!r}")
         return
     evaluate = cluster.slurm.evaluate
     if evaluate and evaluate.ranks % block:
         yield (
-            f"slurm.evaluate.ranks: {evaluate.ranks} is not a multiple of parallel: tensor x pipeline = {block}, "
+            f"slurm.evaluate.ranks: {evaluate.ranks} is not a multiple of parallel: {product} = {block}, "
             f"the ranks that the model needs; make it {math.ceil(evaluate.ranks / block) * block}"
         )
     share = run.parallel.micro_batch * derive.data_parallel(run, cluster.ranks)

@@ -15,7 +15,7 @@ class Parallel(Strict):
     """How the ranks share the model; data-parallel ranks are what is left. May change between attempts of a run."""
 
     tensor: Positive = 1
-    """Ranks that share every matrix; divides heads and ffn."""
+    """Ranks that share every matrix; divides heads."""
     pipeline: Positive = 1
     """Stages that share the layers; divides layers."""
     context: Positive = 1
@@ -29,7 +29,7 @@ class Parallel(Strict):
     overlap_gradients: bool = False
     """Reduce gradients over the data-parallel ranks while the backward pass still runs."""
     overlap_parameters: bool = False
-    """Gather updated weights while the next forward pass runs; needs `distributed_optimizer`, `overlap_gradients`."""
+    """Gather updated weights while the next forward pass runs; needs the two above."""
 
 
 class Fp8(Strict):

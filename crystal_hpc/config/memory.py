@@ -2,8 +2,9 @@
 
 Weights, gradients and optimizer state are counted tensor by tensor, as Megatron lays them out. Activations are what one
 forward pass keeps for its backward pass: the terms of Korthikanti et al. (arXiv 2205.05198, section 4) for this model,
-that is with SwiGLU, without dropout, and with the attention scores kept or not as the attention kernel does. All numbers
-are of one rank; T tokens of a micro-batch, h hidden, f ffn, n heads, V vocabulary, t tensor ranks. No torch here.
+that is with SwiGLU, without dropout, and with the attention scores kept or not as the attention kernel does. All
+numbers are of one rank. No torch here. Which kernels there are is taken for granted: on a GPU, Transformer Engine and
+Triton, unless the config says otherwise; on the CPU rig, neither.
 
 Left out: CUDA's and NCCL's own memory and what the allocator cannot use (`allowance`), and buffers of a few megabytes.
 """
@@ -15,6 +16,7 @@ from crystal_hpc.config import derive
 from crystal_hpc.config.devices import GIB
 from crystal_hpc.config.schema import Phase, Run
 
+ALIGNED = 128
 FLOAT, INDEX = 4, 8  # bytes of a float32 and of a token's id
 ALLOWANCE = 2 * GIB
 ALLOWANCE_SHARE = 0.05
@@ -49,14 +51,22 @@ class StageMemory:
         return ALLOWANCE + int(ALLOWANCE_SHARE * self.total)
 
 
-def stages(run: Run, phase: Phase, ranks: int) -> list[StageMemory]:
+def stages(run: Run, phase: Phase, ranks: int, gpu: bool = True) -> list[StageMemory]:
     """One entry for each pipeline stage, in order; `ranks` of the whole job, which fit the layout."""
-    return [_stage(run, phase, ranks, stage) for stage in range(run.parallel.pipeline)]
+    if gpu:
+        run = run.model_copy(update={"model": run.model.model_copy(update={"ffn": padded_ffn(run)})})
+    return [_stage(run, phase, ranks, stage, gpu) for stage in range(run.parallel.pipeline)]
 
 
-def _stage(run: Run, phase: Phase, ranks: int, stage: int) -> StageMemory:
+def padded_ffn(run: Run) -> int:
+    """The feed-forward width in a GPU's memory, as `model.precision` pads it."""
+    multiple = ALIGNED * run.parallel.tensor
+    return math.ceil(run.model.ffn / multiple) * multiple
+
+
+def _stage(run: Run, phase: Phase, ranks: int, stage: int, gpu: bool) -> StageMemory:
     parallel = run.parallel
-    count, number = weights(run, stage), _Activations(run, phase)
+    count, number = weights(run, stage), Activations(run, phase, gpu)
     state = (8 if run.precision == "fp32" else 12) * count
     if parallel.distributed_optimizer:
         state = math.ceil(state / (derive.data_parallel(run, ranks) * parallel.context))
@@ -111,17 +121,17 @@ def _ends(run: Run, stage: int) -> tuple[bool, bool]:
     return stage == 0, stage == run.parallel.pipeline - 1
 
 
-class _Activations:
+class Activations:
     """Bytes of activations, of one micro-batch on one rank."""
 
-    def __init__(self, run: Run, phase: Phase) -> None:
-        self.run, self.length = run, phase.sequence_length
+    def __init__(self, run: Run, phase: Phase, gpu: bool) -> None:
+        self.run, self.length, self.gpu = run, phase.sequence_length, gpu
         self.size = FLOAT if run.precision == "fp32" else 2
         parallel, kernels = run.parallel, run.kernels
         self.tokens = parallel.micro_batch * phase.sequence_length // parallel.context
         # Of the residual stream and the norms: the tensor ranks share it with sequence parallelism.
         self.stream = self.tokens // (parallel.tensor if parallel.sequence else 1)
-        self.engine = kernels.layers != "megatron"
+        self.engine = gpu and kernels.layers != "megatron"
         self.scores_kept = not self.engine or kernels.attention == "unfused"
         self.recomputed = set(run.recompute.modules) if run.recompute.mode == "selective" else set()
 
@@ -141,14 +151,14 @@ class _Activations:
     def working(self, stage: int) -> int:
         """The larger of what the head and a block need in their backward pass."""
         run, (_, last) = self.run, _ends(self.run, stage)
-        kept = run.kernels.gradient_accumulation == "unfused" or not self.engine
         model, tensor = run.model, run.parallel.tensor
-        # Logits in the format of the products, and their gradient; then that of the head's weights, if tied until the
-        # embedding's has come.
-        head = last * max(self._logits(), kept * model.vocab_size * model.hidden // tensor) * self.size
-        block = self.tokens * 3 * model.ffn // tensor + kept * 2 * model.ffn * model.hidden // tensor
+        # The gradient of the logits; then that of the head's weights, which waits for the embedding's where they are
+        # tied. In a block, of what SwiGLU made and was made of; and of a matrix, unless its kernel adds it where it goes.
+        head = last * max(self._logits(), model.vocab_size * model.hidden // tensor) * self.size
+        apart = run.kernels.gradient_accumulation == "unfused" or not self.engine
+        block = (self.tokens * 3 * model.ffn + apart * 2 * model.ffn * model.hidden) // tensor * self.size
         again = max(self._block(layer) - self._kept(layer, place) for place, layer in enumerate(_layers(run, stage)))
-        return max(head, block * self.size + again)
+        return max(head, block + again)
 
     def _kept(self, layer: int, place: int) -> int:
         """Of a block, `place` counted in its stage, with recomputation."""
@@ -195,7 +205,7 @@ class _Activations:
 
         Inputs of matrices are in 8 bits with FP8.
         """
-        plain = self.run.kernels.activation == "unfused" or not self.engine
+        plain = self.run.kernels.activation == "unfused" or not self.gpu
         width = (4 if plain else 2) * self.size + self._input_size(layer)
         return self.tokens * width * self.run.model.ffn // self.run.parallel.tensor
 

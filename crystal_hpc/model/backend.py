@@ -51,11 +51,6 @@ def collective_backend() -> str:
     return "gloo" if _active_rig else "nccl"
 
 
-def have_transformer_engine() -> bool:
-    """Whether Transformer Engine's kernels can be used here."""
-    return _active_rig is None and importlib.util.find_spec("transformer_engine") is not None
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hides Megatron's advice, at import and set-up, about what is rightly absent (Transformer Engine, CUDA graphs).

@@ -61,8 +61,10 @@ def initialize(model: torch.nn.Module, run: Run, tensor_rank: int, tensor_size: 
             parameter.fill_(float(kind == "one"))
             continue
         shape, std = _full_shape(parameter, tensor_size), derive.init_std(run.model, run.mup, kind)
+        padding = int(model.config.ffn_hidden_size) - run.model.ffn  # type: ignore[union-attr,arg-type]
+        shape = [size - more for size, more in zip(shape, _padded(name, padding), strict=True)]
         full = truncated_normal(shape, std, _key(run.seed, _stream(model, name)))
-        parameter.copy_(_shard(full, parameter, name, tensor_rank, tensor_size))
+        parameter.copy_(_shard(_pad(full, name, padding), parameter, name, tensor_rank, tensor_size))
 
 
 def truncated_normal(shape: list[int], std: float, key: int) -> torch.Tensor:
@@ -87,6 +89,19 @@ def _stream(model: torch.nn.Module, name: str) -> str:
 
 def _key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"init|{seed}|{name}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _padded(name: str, padding: int) -> tuple[int, int]:
+    """How many rows and columns of a matrix are there only to pad the feed-forward width (`precision.padded_ffn`)."""
+    fc1, fc2 = name.endswith("linear_fc1.weight"), name.endswith("linear_fc2.weight")
+    return (2 * padding if fc1 else 0, padding if fc2 else 0)
+
+
+def _pad(full: torch.Tensor, name: str, padding: int) -> torch.Tensor:
+    """Zeros below each half of SwiGLU's input matrix, and to the right of its output matrix."""
+    rows, columns = _padded(name, padding)
+    halves = full.chunk(2) if rows else [full]
+    return torch.cat([torch.nn.functional.pad(half, (0, columns, 0, rows // 2)) for half in halves])
 
 
 def _full_shape(parameter: torch.nn.Parameter, tensor_size: int) -> list[int]:

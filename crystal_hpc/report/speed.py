@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from crystal_hpc.report.history import History
 from crystal_hpc.report.records import PlannedPhase, Step
 
-HEADS = ("phase", "tokens/s", "by rank", "MFU", "a step", "data wait", "forward-backward", "gradient sync", "optimizer")
-HEADS += ("wait for a save", "other")
+HEADS = [
+    *("phase", "tokens/s", "by rank", "MFU", "a step"),
+    *("data wait", "forward-backward", "gradient sync", "optimizer", "wait for a save", "other"),
+]
 DASH = "\N{EN DASH}"
 
 

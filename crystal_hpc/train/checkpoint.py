@@ -28,7 +28,7 @@ from crystal_hpc.train import distcp, optim, record, retention, sharding
 from crystal_hpc.train.generations import generation_folder, keep
 from crystal_hpc.train.manifest import MANIFEST, Manifest, Why
 from crystal_hpc.train.state import Position
-from crystal_hpc.train.step import Trainer
+from crystal_hpc.train.step import Trainer, gather_weights
 from crystal_hpc.train.writing import CopyBuffer, RankResult, RankWriter
 
 SAVES = "saves.jsonl"
@@ -213,6 +213,7 @@ class Saver:
         if self._comm.broadcast((final / MANIFEST).exists()):
             return
         pending = final.with_name(final.name + files.PENDING)
+        gather_weights(self._trainer)
         model = sharding.module(self._trainer)
         held = sharding.model_parts(model) + sharding.optimizer_parts(self._trainer)
         path = pending / f"__{self._comm.rank}_0.distcp"

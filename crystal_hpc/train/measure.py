@@ -76,11 +76,11 @@ class CudaClock:
 
     def mark(self, part: str) -> None:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()  # type: ignore[no-untyped-call]
+        event.record()
         self._marks.append((part, event))
 
     def read(self) -> dict[str, float]:
-        self._marks[-1][1].synchronize()  # type: ignore[no-untyped-call]
+        self._marks[-1][1].synchronize()
         return _sums(self._marks, lambda start, end: start.elapsed_time(end) / 1e3) | {
             "memory_allocated_gib": torch.cuda.max_memory_allocated() / devices.GIB,
             "memory_reserved_gib": torch.cuda.max_memory_reserved() / devices.GIB,

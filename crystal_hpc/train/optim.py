@@ -29,6 +29,7 @@ def build(run: Run, model: DistributedDataParallel) -> MegatronOptimizer:
         clip_grad=run.optimizer.clip_grad,
         bf16=run.precision == "bf16",
         use_distributed_optimizer=run.parallel.distributed_optimizer,
+        overlap_param_gather=run.parallel.overlap_parameters,
     )
     return get_megatron_optimizer(config, [model], config_overrides=_groups(run))
 

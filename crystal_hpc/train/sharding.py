@@ -14,7 +14,7 @@ Names are Megatron's for optimizers that are not distributed: `optimizer.state.e
 import functools
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ class _Place:
     size: Index
     start: int
     """First element of the stretch in the parameter."""
+    held: Index
+    """`size` without what pads the feed-forward width; no checkpoint has that (`model.precision.padded_ffn`)."""
     ours: bool
     """Whether this rank, and those that differ only in their data-parallel rank, are the ones that save it."""
 
@@ -128,9 +130,12 @@ def _cut(places: list[_Place], prefix: str, flat: Tensor, start: int, saved: tup
             at = first - start
             for offset, size in boxes(place.size, first - place.start, last - place.start):
                 length = torch.Size(size).numel()
+                box, at = flat[at : at + length].view(size), at + length
+                kept = [min(width, end - begin) for width, end, begin in zip(size, place.held, offset, strict=True)]
+                if min(kept, default=1) <= 0:
+                    continue
                 where = tuple(a + b for a, b in zip(place.offset, offset, strict=True))
-                yield Part(prefix + place.key, place.shape, where, flat[at : at + length].view(size), ours)
-                at += length
+                yield Part(prefix + place.key, place.shape, where, box[tuple(slice(width) for width in kept)], ours)
 
 
 def _places(model: torch.nn.Module) -> dict[str, list[_Place]]:
@@ -150,19 +155,41 @@ def _entries(model: Any) -> tuple[dict[str, list[_Place]], dict[str, bytes]]:
             others |= _object(name, entry)
             continue
         pieces = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-        places[name] = [_place(piece, parameters[name]) for piece in pieces]
+        places[name] = [_without_padding(_place(piece, parameters[name]), name, model) for piece in pieces]
     missing = parameters.keys() - places.keys()
     assert not missing, f"Megatron does not say where {sorted(missing)} belong"
     return {name: places[name] for name in parameters}, others
 
 
+def _without_padding(place: _Place, name: str, model: Any) -> _Place:
+    """The place in a model whose feed-forward width is as its config says, rather than padded for the kernels."""
+    padded, width = model.config.ffn_hidden_size, model.ffn
+    kind = name.rpartition("mlp.")[2]
+    if padded == width or kind not in ("linear_fc1.weight", "linear_fc1.bias", "linear_fc2.weight"):
+        return place
+    axis = len(place.shape) - (2 if kind == "linear_fc1.weight" else 1)
+    half, first = divmod(place.offset[axis], padded)  # of SwiGLU's two halves, each of which is padded
+    return replace(
+        place,
+        shape=_at(place.shape, axis, place.shape[axis] // padded * width),
+        offset=_at(place.offset, axis, half * width + first),
+        held=_at(place.size, axis, max(0, min(place.size[axis], width - first))),
+    )
+
+
+def _at(index: Index, axis: int, value: int) -> Index:
+    return (*index[:axis], value, *index[axis + 1 :])
+
+
 def _place(piece: ShardedTensor, parameter: Tensor) -> _Place:
     assert piece.data.is_contiguous(), piece.key
+    size = (*(1 for _ in range(piece.prepend_axis_num)), *piece.local_shape)
     return _Place(
         key=piece.key,
         shape=tuple(piece.global_shape),
         offset=tuple(piece.global_offset),
-        size=(*(1 for _ in range(piece.prepend_axis_num)), *piece.local_shape),
+        size=size,
+        held=size,
         start=(piece.data.data_ptr() - parameter.data_ptr()) // parameter.element_size(),
         # The last number tells the data-parallel ranks apart; the ones before it, any other copies.
         ours=not any(piece.replica_id[:-1]),

@@ -6,6 +6,7 @@ that all ranks agree on.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,10 @@ def build_trainer(run: Run, layout: Layout) -> Trainer:
     module = gpt.build(run, layout)
     config = module.config
     options = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=run.parallel.distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=run.parallel.distributed_optimizer,
+        overlap_grad_reduce=run.parallel.overlap_gradients,
+        overlap_param_gather=run.parallel.overlap_parameters,
     )
     model = DistributedDataParallel(config, options, module)
     clock = measure.clock(layout.comm.rank)
@@ -94,9 +98,8 @@ def train_step(
     clock.mark("save_wait")
     _, grad_norm, _ = trainer.optimizer.step()
     clock.mark("optimizer")
-    # Of the ranks that hold the same samples (tensor and pipeline neighbours) one speaks for all.
     layout = trainer.layout
-    digest = batch.digest if layout.tensor_rank == 0 and layout.first_stage else 0
+    digest = batch.digest if layout.speaks_for_its_rows else 0
     digest, *votes = layout.comm.sum([digest, *votes])
     mean = mean_over_ranks(layout, loss.total(reported) / len(batch.tokens))
     return StepResult(mean, float(grad_norm or 0.0), digest, votes, clock.read())
@@ -111,8 +114,21 @@ def evaluate_micro_batch(trainer: Trainer, batch: StepBatch) -> float:
     return mean_over_ranks(trainer.layout, loss.total(reported))
 
 
+def gather_weights(trainer: Trainer) -> None:
+    """Makes the model's weights those after the last step, on every rank, at once. A collective call.
+
+    With `overlap_parameters` they are gathered when the next forward pass wants them; who reads them otherwise calls
+    this first. The next forward pass then finds them there, and writes nothing.
+    """
+    if trainer.run.parallel.overlap_parameters:
+        trainer.model.start_param_sync(force_sync=True)
+
+
 def mean_over_ranks(layout: Layout, value: float) -> float:
-    """Mean over the data-parallel ranks of what the last pipeline stage holds, on every rank."""
+    """Mean over the data-parallel ranks of what the last pipeline stage holds, on every rank.
+
+    Of context-parallel ranks each has a part, and the parts are summed.
+    """
     mine = value / layout.data_size if layout.last_stage and layout.tensor_rank == 0 else 0.0
     return layout.comm.sum_float(mine)
 
@@ -121,7 +137,7 @@ def _run_schedule(trainer: Trainer, batch: StepBatch, forward_only: bool) -> lis
     micro_batches, micro_batch, length = batch.tokens.shape
     schedule = get_forward_backward_func()
     result: list[Any] = schedule(
-        forward_step_func=loss.forward_step,
+        forward_step_func=partial(loss.forward_step, trainer.layout),
         data_iterator=iter(batch),
         model=[trainer.model],
         num_microbatches=micro_batches,

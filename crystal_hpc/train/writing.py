@@ -138,7 +138,7 @@ class RankWriter:
         try:
             for part, tensor in zip(self._parts, tensors, strict=True):
                 self._go_on()
-                host = tensor.cpu()
+                host = tensor.cpu().contiguous()
                 writer.add(Chunk(part.key, part.shape, part.offset, host))
                 self.written += host.nbytes
                 if not part.key.startswith(STATE):

@@ -47,10 +47,6 @@ def test_a_good_run_has_no_problems() -> None:
             "parallel.tensor: 9 does not divide model.heads = 12; choose one of 1, 2, 3, 4, 6, 12",
         ),
         (
-            {"parallel": {"tensor": 9}},
-            "parallel.tensor: 9 does not divide model.ffn = 84; choose one of 1, 2, 3, 4, 6, 7, 12, 14, 21, 28, 42, 84",
-        ),
-        (
             {"parallel": {"pipeline": 4}},
             "parallel.pipeline: 4 does not divide model.layers = 6; choose one of 1, 2, 3, 6",
         ),

@@ -167,6 +167,7 @@ def test_data_parallel_ranks_are_what_tensor_and_pipeline_leave() -> None:
     run = crystal(parallel={"tensor": 4, "pipeline": 2, "micro_batch": 2})
     assert derive.data_parallel(run, 64) == 8
     assert derive.micro_batches(run, run.phases[0], 64) == 2112 // (8 * 2)
+    assert derive.data_parallel(crystal(parallel={"tensor": 4, "context": 2}), 64) == 8
 
 
 def test_the_digest_of_a_run_leaves_out_where_it_runs_and_where_data_lie() -> None:

@@ -1,6 +1,5 @@
 """The memory that the config's arithmetic foretells, against that of real models on the CPU rig, and on a GPU."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,21 @@ PHASE = (
     "phases=[{name: prose, sequence_length: 64, batch_size: 8, steps: 1, mixture: {prose: 1.0}, "
     "learning_rate: {peak: 0.01, end: 0.001}}]"
 )
-# What the rig runs; on a GPU the plan expects Transformer Engine.
-RIG = "kernels={layers: megatron}"
 LAYOUTS = {
     "one rank": (1, ()),
     "one rank, bfloat16": (1, ("precision=bf16",)),
     "distributed optimizer": (2, ("parallel.distributed_optimizer=true",)),
     "distributed optimizer, bfloat16": (2, ("parallel.distributed_optimizer=true", "precision=bf16")),
     "TP=2": (2, ("parallel.tensor=2",)),
+    "TP=2, sequence parallelism": (2, ("parallel.tensor=2", "parallel.sequence=true")),
+    "attention recomputed": (1, ("recompute.mode=selective",)),
+    "feed-forward parts recomputed": (1, ("recompute={mode: selective, modules: [mlp]}",)),
+    "three blocks recomputed, bfloat16": (1, ("recompute={mode: full, layers: 3}", "precision=bf16")),
     "PP=2, bfloat16": (2, ("parallel.pipeline=2", "precision=bf16")),
     "PP=2, untied, no biases": (2, ("parallel.pipeline=2", "model.tied_embeddings=false", "model.bias=false")),
 }
-# Megatron's distributed optimizer begins each parameter at a multiple of 64 elements, and ends the buffer at one of 128.
+# Megatron's distributed optimizer begins each parameter at a multiple of 64 elements, and ends the buffer at one of
+# 128.
 START, END = 64, 128
 
 
@@ -105,9 +107,9 @@ def sizes(rank: int, size: int, meeting: str, folder: Path) -> dict[str, int]:
 def test_the_formulas_give_what_a_real_model_takes(new_run: Callable[..., Path], name: str) -> None:
     size, overrides = LAYOUTS[name]
     folder = new_run("sizes", MODEL, PHASE, *overrides)
-    run = load_run(folder / "run.yaml", (RIG,))
+    run = load_run(folder / "run.yaml")
     found = rig.values(rig.run_ranks(sizes, size, folder))
-    stages = memory.stages(run, run.phases[0], size)
+    stages = memory.stages(run, run.phases[0], size, gpu=False)
     if len(stages) == 1:
         stages *= size
     distributed = run.parallel.distributed_optimizer
@@ -116,8 +118,9 @@ def test_the_formulas_give_what_a_real_model_takes(new_run: Callable[..., Path],
         assert real["weights"] == planned.weights
         assert planned.gradients <= real["gradients"] <= planned.gradients + padding
         assert planned.optimizer - padding <= real["optimizer"] <= planned.optimizer + 3 * padding
-        number = memory._Activations(run, run.phases[0])
+        number = memory.Activations(run, run.phases[0], gpu=False)
         saved = planned.activations - planned.in_flight * number.sent(planned.stage)
+        print("RATIO", name, planned.stage, saved / real["kept"])
         assert saved == pytest.approx(real["kept"], rel=0.03)
     if distributed:
         shares = sum(real["optimizer"] for real in found)
