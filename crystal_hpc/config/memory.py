@@ -153,7 +153,7 @@ class Activations:
         run, (_, last) = self.run, _ends(self.run, stage)
         model, tensor = run.model, run.parallel.tensor
         # The gradient of the logits; then that of the head's weights, which waits for the embedding's where they are
-        # tied. In a block, of what SwiGLU made and was made of; and of a matrix, unless its kernel adds it where it goes.
+        # tied. In a block, of what SwiGLU made and was made of; and of a matrix, unless its kernel adds it to the rest.
         head = last * max(self._logits(), model.vocab_size * model.hidden // tensor) * self.size
         apart = run.kernels.gradient_accumulation == "unfused" or not self.engine
         block = (self.tokens * 3 * model.ffn + apart * 2 * model.ffn * model.hidden) // tensor * self.size

@@ -45,7 +45,7 @@ def test_the_stages_together_have_the_parameters_of_the_model() -> None:
 
 
 def test_weights_gradients_and_state_take_their_bytes_a_parameter() -> None:
-    count = derive.parameters(seven_b().model)
+    count = derive.parameters(seven_b("model.ffn=11008").model)  # on a GPU the width is padded to a multiple of 128
     (plain,) = stages(seven_b("parallel.distributed_optimizer=false"))
     assert (plain.weights, plain.gradients, plain.optimizer) == (2 * count, 4 * count, 12 * count)
     (shared,) = stages(seven_b())
@@ -98,7 +98,7 @@ def test_scores_of_all_pairs_of_tokens_are_kept_by_megatrons_layers_unless_recom
 def test_eight_bit_weights_are_kept_twice_beside_those_in_bfloat16() -> None:
     (base,) = stages(seven_b())
     (eight,) = stages(seven_b("fp8={recipe: tensorwise, bf16_first_layers: 1, bf16_last_layers: 1}"))
-    matrices = 4 * 4096**2 + 3 * 4096 * 10922
+    matrices = 4 * 4096**2 + 3 * 4096 * 11008
     assert eight.weights - base.weights == 2 * 30 * matrices
     assert eight.optimizer == base.optimizer
 

@@ -33,6 +33,7 @@ LAYOUTS = {
 # Megatron's distributed optimizer begins each parameter at a multiple of 64 elements, and ends the buffer at one of
 # 128.
 START, END = 64, 128
+TOLERANCE = 0.03  # of activations: angles, masks and labels are left out; these models were off by 1.7 % at most
 
 
 class Kept:
@@ -41,10 +42,14 @@ class Kept:
     def __init__(self, model: torch.nn.Module) -> None:
         self.weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self.users: dict[int, int] = {}
-        self.bytes = self.peak = 0
+        self.bytes = self.peak = self.at_first_backward = 0
 
     def pack(self, tensor: torch.Tensor) -> "Entry":
         return Entry(self, tensor.detach())
+
+    def unpack(self, entry: "Entry") -> torch.Tensor:
+        self.at_first_backward = self.at_first_backward or self.bytes
+        return entry.tensor
 
     def change(self, tensor: torch.Tensor, by: int) -> None:
         place, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
@@ -84,7 +89,7 @@ def sizes(rank: int, size: int, meeting: str, folder: Path) -> dict[str, int]:
 
     trainer = rig.join(rank, size, meeting, folder)
     kept = Kept(trainer.model)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda entry: entry.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
         train_step(trainer, batch(trainer.run, size), 1e-3, [])
     assert kept.bytes == 0, "all that was kept has been let go"
     parameters = list(trainer.model.parameters())
@@ -99,7 +104,8 @@ def sizes(rank: int, size: int, meeting: str, folder: Path) -> dict[str, int]:
         "gradients": sum(buffer.grad_data.nbytes for buffer in trainer.model.buffers),
         "optimizer": state,
         "parameters": len(parameters),
-        "kept": kept.peak,
+        "kept": kept.at_first_backward,
+        "most kept": kept.peak,
     }
 
 
@@ -118,10 +124,45 @@ def test_the_formulas_give_what_a_real_model_takes(new_run: Callable[..., Path],
         assert real["weights"] == planned.weights
         assert planned.gradients <= real["gradients"] <= planned.gradients + padding
         assert planned.optimizer - padding <= real["optimizer"] <= planned.optimizer + 3 * padding
-        number = memory.Activations(run, run.phases[0], gpu=False)
-        saved = planned.activations - planned.in_flight * number.sent(planned.stage)
-        print("RATIO", name, planned.stage, saved / real["kept"])
-        assert saved == pytest.approx(real["kept"], rel=0.03)
+        sent = memory.Activations(run, run.phases[0], gpu=False).sent(planned.stage)
+        assert planned.activations - planned.in_flight * sent == pytest.approx(real["kept"], rel=TOLERANCE)
+        if run.recompute.mode == "none":
+            assert real["most kept"] == real["kept"], "a step takes no more than its first forward passes"
     if distributed:
         shares = sum(real["optimizer"] for real in found)
         assert shares == pytest.approx(sum(planned.optimizer for planned in stages), abs=size)
+
+
+GPU = "model={layers: 12, hidden: 768, heads: 12, ffn: 2048, vocab_size: 32032}"
+LONG = PHASE.replace("sequence_length: 64", "sequence_length: 2048")
+
+
+def most_allocated(rank: int, size: int, meeting: str, folder: Path) -> int:
+    """Peak bytes of three steps on a GPU."""
+    from crystal_hpc.train.step import train_step
+
+    trainer = rig.join(rank, size, meeting, folder)
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        train_step(trainer, batch(trainer.run, size), 1e-3, [])
+    return torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, to ask it for its peak of memory")
+@pytest.mark.parametrize("overrides", [(), ("recompute.mode=full",), ("fp8={recipe: tensorwise}",)])
+def test_the_total_is_the_most_that_a_gpu_has_allocated(
+    new_run: Callable[..., Path], overrides: tuple[str, ...]
+) -> None:
+    folder = new_run("gpu", GPU, LONG, "precision=bf16", "parallel.micro_batch=4", *overrides)
+    run = load_run(folder / "run.yaml")
+    (peak,) = rig.values(rig.run_ranks(most_allocated, 1, folder))
+    assert memory.stages(run, run.phases[0], 1)[0].total == pytest.approx(peak, rel=0.1)
+
+
+def test_the_width_of_the_feed_forward_part_is_padded_as_the_model_pads_it(new_run: Callable[..., Path]) -> None:
+    from crystal_hpc.model import precision
+    from crystal_hpc.model.machine import Machine
+
+    run = load_run(new_run("padded", "parallel.tensor=2") / "run.yaml")
+    assert memory.padded_ffn(run) == precision.padded_ffn(run, Machine(gpu="any")) == 256
