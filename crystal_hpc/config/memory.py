@@ -184,12 +184,16 @@ class Activations:
         return self._hidden() + self.stream * (self.run.model.hidden * output_size + statistics * FLOAT)
 
     def _attention(self, layer: int) -> int:
-        """Queries, keys and values in one, of which the values are used; rotated queries and keys; the output.
+        """Rotated queries and keys, the values, the output; and what the kernel keeps of the softmax.
 
-        Flash and fused attention keep the softmax's denominator; others its result, for all pairs of tokens.
+        Megatron's layers use the values where they were made, so queries and keys from before the rotation stay, too;
+        Transformer Engine copies them. Flash and fused attention keep the softmax's denominator; others its result, for
+        all pairs of tokens.
         """
         model, tensor = self.run.model, self.run.parallel.tensor
-        width = 6 * self.size + (_is_eight_bit(self.run, layer) and 1)  # the output once more in 8 bits
+        width = (4 if self.engine else 6) * self.size + (
+            _is_eight_bit(self.run, layer) and 1
+        )  # the output once more in 8 bits
         denominator = 0 if self.scores_kept else self.tokens * model.heads // tensor * FLOAT
         return self.tokens * width * model.hidden // tensor + denominator + self._scores()
 
