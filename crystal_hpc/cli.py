@@ -81,19 +81,27 @@ def config_schema(kind: str) -> None:
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @SETTINGS
-def plan(file: Path, overrides: tuple[str, ...]) -> None:
-    """Show tokens, steps and epochs by source and phase, before anything runs.
+@click.option("--cluster", type=click.Path(path_type=Path), help="Cluster file: its ranks, and the memory of its GPUs.")
+@click.option("--memory", is_flag=True, help="Only the memory of each GPU; the data need not be there.")
+def plan(file: Path, overrides: tuple[str, ...], cluster: Path | None, memory: bool) -> None:
+    """Show tokens, steps and epochs by source and phase, and the memory of each GPU, before anything runs.
 
     Where stores are missing or do not fit, the plan comes without what depends on them, and the exit code is 2.
     """
-    from crystal_hpc.config.load import load_run
+    from crystal_hpc.config.load import check_layout, load_cluster, load_run
     from crystal_hpc.data.sources import survey_sources
     from crystal_hpc.errors import ConfigError
+    from crystal_hpc.report.footprint import describe_memory
     from crystal_hpc.report.plan import describe_plan, make_plan
 
-    run = load_run(file, overrides)
-    sources, problems = survey_sources(run)
-    click.echo(describe_plan(run, make_plan(run, sources)))
+    run, machine = load_run(file, overrides), load_cluster(cluster) if cluster else None
+    if machine:
+        check_layout(run, machine)
+    problems: list[str] = []
+    if not memory:
+        sources, problems = survey_sources(run)
+        click.echo(describe_plan(run, make_plan(run, sources)) + "\n")
+    click.echo(describe_memory(run, machine))
     if problems:
         raise ConfigError(problems, f"run {run.name}")
 

@@ -198,6 +198,18 @@ def test_a_plan_without_the_data_is_shown_and_refused(
     assert "12 steps in 3 phases" in result.output
 
 
+def test_the_plan_of_memory_needs_no_data_and_a_cluster_that_fits(
+    crystal: Callable[..., Result], tiny_config: Config, write_config: Write, cluster_file: Path
+) -> None:
+    tiny_config["data"]["sources"]["code"] = "not/there"
+    words = ["plan", write_config(tiny_config), "--memory", "--cluster", cluster_file]
+    result = crystal(*words)
+    assert result.exit_code == 0
+    assert result.output.startswith("memory of each GPU: 2 ranks (DP 2), fp32")
+    refused(crystal(*words, "parallel.tensor=4"), "tensor x pipeline = 4 does not divide the 2 ranks")
+    refused(crystal("plan", words[1]), "not/there")
+
+
 def test_config_check_and_schema_answer(
     crystal: Callable[..., Result], tiny_config: Config, write_config: Write
 ) -> None:

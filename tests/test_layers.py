@@ -42,6 +42,7 @@ WITHOUT_TORCH = [
     "jobs.probe",
     "jobs.batch",
     "report.plan",
+    "report.footprint",
     "report.checkpoints",
     "report.inspection",
     "cli_checkpoints",

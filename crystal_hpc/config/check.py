@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from crystal_hpc.config import check_compute as compute
-from crystal_hpc.config import derive
+from crystal_hpc.config import derive, devices
 from crystal_hpc.config.schema import Cluster, Phase, Run, Slurm
 
 # Options of sbatch that a job of ours cannot work without.
@@ -92,6 +92,8 @@ def cluster_problems(cluster: Cluster) -> Iterator[str]:
         if side and side.time_limit <= cluster.signal_delay:
             said = f"{side.time_limit}s is not longer than signal_delay: {cluster.signal_delay}s"
             yield f"slurm.{kind}.time_limit: {said}"
+    if cluster.gpu is not None and cluster.gpu not in devices.DEVICES:
+        yield f"gpu: {cluster.gpu!r} is not known{did_you_mean(cluster.gpu, devices.DEVICES)}"
     if cluster.executor == "local":
         if cluster.nodes != 1:
             yield f"nodes: {cluster.nodes}; the local executor has this machine alone: make it 1, or executor: slurm"

@@ -296,6 +296,8 @@ class Cluster(Strict):
     """Nodes of a training job."""
     ranks_per_node: Positive
     """Processes on each node, one for each GPU (or share of the CPU)."""
+    gpu: str | None = None
+    """The nodes' GPUs (a100-80gb, h100-sxm, h200, ...): `crystal plan` compares a run's memory with theirs."""
     time_limit: Seconds
     """Longest life of one attempt (30min, 24h)."""
     signal_delay: Seconds = Field(default=90, json_schema_extra={"default": "90s"})

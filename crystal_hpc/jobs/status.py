@@ -106,7 +106,8 @@ def _rate(run: Run, attempts: list[journal.Entry], last: dict[str, Any] | None) 
     rate = derive.tokens_per_step(phase) / last["seconds"]
     left = (derive.total_tokens(run) - last["tokens"]) / rate
     at = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))
-    yield f"  loss {last['loss']:.3f}, {rate:,.0f} tokens/s, about {format_seconds(left)} left without a break ({at})"
+    speed = f"{rate:,.0f} tokens/s" + (f" (MFU {last['mfu']:.1%})" if "mfu" in last else "")
+    yield f"  loss {last['loss']:.3f}, {speed}, about {format_seconds(left)} left without a break ({at})"
 
 
 def log_lines(folder: Path, rank: int, count: int, follow: bool) -> Iterator[str]:

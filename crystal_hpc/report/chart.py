@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from html import escape
 
 from crystal_hpc.config.units import format_count, format_seconds
-from crystal_hpc.report.history import Attempt, History, PlannedPhase, Step
+from crystal_hpc.report.history import History
+from crystal_hpc.report.records import Attempt, PlannedPhase, Step
 
 RAW_POINTS = 2000
 TONES = 8

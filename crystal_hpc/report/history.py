@@ -16,130 +16,23 @@ from crystal_hpc import files
 from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Run
 from crystal_hpc.errors import RunError
+from crystal_hpc.report.records import (
+    Attempt,
+    Checkpoint,
+    Evaluation,
+    PlannedPhase,
+    Position,
+    Save,
+    Share,
+    Step,
+    Store,
+)
 from crystal_hpc.train.generations import PRUNED
 
 Record = TypeVar("Record")
+MEASURED = ("forward_backward", "gradient_sync", "save_wait", "optimizer", "mfu")
 # What reading a damaged record can raise, from a torn file to an infinite count.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
-
-
-@dataclass(frozen=True)
-class Position:
-    """A step of a phase, counted from 0."""
-
-    phase: str
-    step: int
-
-    def __str__(self) -> str:
-        return f"{self.phase} {self.step:,}"
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a phase takes from one source."""
-
-    samples: int
-    tokens: int
-    epochs: float
-
-
-@dataclass(frozen=True)
-class PlannedPhase:
-    """A phase as the plan lays it out; `start` is the tokens that the run has seen before it."""
-
-    name: str
-    start: int
-    steps: int
-    tokens: int
-    sources: dict[str, Share]
-
-    def tokens_at(self, steps: int) -> int:
-        """Tokens of the whole run once `steps` steps of this phase are done."""
-        return self.start + self.tokens * steps // max(self.steps, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One line of metrics.jsonl: loss in nats, `time` the unix second of its end, `seconds` and `wait` durations."""
-
-    phase: str
-    step: int
-    attempt: int
-    time: float
-    loss: float
-    grad_norm: float
-    rate: float
-    tokens: int
-    seconds: float
-    wait: float
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of a job, as its journal entry tells it; times in unix seconds, durations in seconds."""
-
-    number: int
-    job: str
-    host: str
-    ranks: int | None
-    started: float
-    ended: float | None
-    outcome: str | None
-    reason: str
-    first_step: Position | None
-    last_step: Position | None
-    signal: str | None
-    signal_to_durable: float | None
-    redone_steps: int
-    startup: dict[str, float]
-    commit: str | None
-    backend: str
-    versions: dict[str, str]
-
-    @property
-    def ending(self) -> str:
-        """The outcome in words."""
-        return (self.outcome or "not recorded").replace("_", " ")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out losses (nats per token) by source, after `tokens` tokens of the run."""
-
-    phase: str
-    step: int
-    tokens: int
-    losses: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint: its size in bytes, and the seconds it took to save, beside training or not."""
-
-    phase: str
-    step: int
-    tokens: int
-    why: str
-    bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Save:
-    """A checkpoint that was made, and may be deleted since; `stood_still`: seconds that training waited for it."""
-
-    phase: str
-    step: int
-    stood_still: float
-
-
-@dataclass(frozen=True)
-class Store:
-    """A token store that the plan names."""
-
-    path: str
-    tokens: int
-    digest: str
 
 
 @dataclass
@@ -216,7 +109,8 @@ def time_spent(history: History) -> dict[str, float]:
     waits = (begun.get(attempt.number, ends[attempt.number]) - attempt.started for attempt in history.attempts)
     wall = max(ends.values()) - min(attempt.started for attempt in history.attempts)
     spent = {
-        "training": math.fsum(max(step.seconds - step.wait, 0) for step in history.steps),
+        # An update that waits for a save is part of a step, and of the save.
+        "training": math.fsum(max(step.seconds - step.wait - _known(step.save_wait), 0) for step in history.steps),
         "data wait": math.fsum(step.wait for step in history.steps),
         "steps redone": math.fsum(step.seconds for step in history.redone),
         "start-up": math.fsum(max(wait, 0) for wait in waits),
@@ -339,6 +233,7 @@ def _step(line: dict[str, Any]) -> Step | None:
             tokens=int(line["tokens"]),
             seconds=float(line["seconds"]),
             wait=float(line.get("wait") or 0),
+            **{name: _number(line.get(name)) for name in MEASURED},
         )
     except _DAMAGE:
         return None
@@ -391,6 +286,10 @@ def _checkpoint(entry: Any) -> Checkpoint:
 def _number(value: Any) -> float:
     """A float, and not-a-number where there is none."""
     return math.nan if value is None else float(value)
+
+
+def _known(number: float) -> float:
+    return number if math.isfinite(number) else 0.0
 
 
 def _said(error: Exception) -> str:

@@ -124,7 +124,7 @@ def _notes(plan: dict[str, Any]) -> Iterator[str]:
         length = phase["sequence_length"]
         anew = [name for name in phase["sources"] if name in seen and length not in seen[name]]
         if anew:
-            yield from _note(
+            yield from note(
                 f"{phase['name']}: rows of {length:,} tokens have an order of their own, so what was read before is "
                 f"read anew, and repeats count from here: {', '.join(anew)}"
             )
@@ -132,7 +132,7 @@ def _notes(plan: dict[str, Any]) -> Iterator[str]:
             seen.setdefault(name, set()).add(length)
             if used["repeated_samples"]:
                 unread = used["epochs"] * (1 - used["repeated_samples"] / used["samples"])
-                yield from _note(
+                yield from note(
                     f"{phase['name']}: {name} runs dry at step {used['first_repeat_step']:,} of {phase['steps']:,}: "
                     f"{used['epochs']:.2f} epochs wanted, {unread:.2f} unread"
                 )
@@ -143,7 +143,7 @@ def _notes(plan: dict[str, Any]) -> Iterator[str]:
     )
     if repeated:
         share = _share(repeated, plan["tokens"])
-        yield from _note(f"whole run: {format_count(repeated)} tokens ({share}) are in rows read before")
+        yield from note(f"whole run: {format_count(repeated)} tokens ({share}) are in rows read before")
 
 
 def _epochs(count: float | None) -> str:
@@ -155,5 +155,6 @@ def _share(part: int, whole: int) -> str:
     return f"{share:.1%}" if share >= 0.001 or not share else f"{share:.4%}"
 
 
-def _note(text: str) -> list[str]:
+def note(text: str) -> list[str]:
+    """What is easily overlooked, as lines of the plan's text."""
     return textwrap.wrap(text, WIDTH, initial_indent="note  ", subsequent_indent="      ", break_on_hyphens=False)

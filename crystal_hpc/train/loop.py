@@ -28,7 +28,7 @@ from crystal_hpc.data.preparing import PreparedRows
 from crystal_hpc.data.rows import RowSource
 from crystal_hpc.errors import RunError
 from crystal_hpc.log import log
-from crystal_hpc.train import optim
+from crystal_hpc.train import measure, optim
 from crystal_hpc.train.checkpoint import Saver
 from crystal_hpc.train.evaluate import evaluate_phase
 from crystal_hpc.train.manifest import Why
@@ -152,6 +152,10 @@ def _record(
             f"the loss is {result.loss} and the gradient norm {result.grad_norm} in step {position.step} of phase "
             f"{phase.name}; the last checkpoint is kept: look at the data of this step, or lower the learning rate"
         )
+    speed = measure.speed(run, phase, job.layout.comm.size, seconds)
+    measured = dict(result.measured)
+    if measured:
+        measured["other"] = max(seconds - waited - sum(measured[part] for part in measure.PARTS), 0.0)
     job.metrics.step(
         phase.name,
         position.step,
@@ -163,19 +167,22 @@ def _record(
             "tokens": done.tokens(run),
             "seconds": seconds,
             "wait": waited,
+            **measured,
+            **speed,
             "digest": f"{result.digest:016x}",
         },
     )
     job.on_event("step", position)
     log.info(
-        "%s step %d/%d loss %.4f lr %.3g %s tokens %.0f tokens/s",
+        "%s step %d/%d loss %.4f lr %.3g %s tokens %.0f tokens/s%s",
         phase.name,
         done.step,
         derive.phase_steps(phase),
         result.loss,
         rate,
         format_count(done.tokens(run)),
-        derive.tokens_per_step(phase) / seconds,
+        speed["tokens_per_second"],
+        f" MFU {speed['mfu']:.1%}" if "mfu" in speed else "",
     )
 
 

@@ -5,7 +5,7 @@ that all ranks agree on.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from crystal_hpc.config.schema import Run
 from crystal_hpc.data.batches import StepBatch
 from crystal_hpc.model import backend, gpt, loss
 from crystal_hpc.model.parallel import Layout
-from crystal_hpc.train import optim
+from crystal_hpc.train import measure, optim
 
 with backend.quiet():
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -31,6 +31,7 @@ class Trainer:
     layout: Layout
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
+    clock: measure.Clock = field(default_factory=measure.SilentClock)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class StepResult:
     """Of the rows that all ranks together consumed; see `data.batches`."""
     votes: list[int]
     """Sums over the ranks of the votes given to `train_step`."""
+    measured: dict[str, float]
+    """On rank 0, what its clock has read; see `measure`."""
 
 
 def build_trainer(run: Run, layout: Layout) -> Trainer:
@@ -57,9 +60,20 @@ def build_trainer(run: Run, layout: Layout) -> Trainer:
         overlap_param_gather=run.parallel.overlap_parameters,
     )
     model = DistributedDataParallel(config, options, module)
-    config.finalize_model_grads_func = finalize_model_grads
+    clock = measure.clock(layout.comm.rank)
+    config.finalize_model_grads_func = _timed(finalize_model_grads, clock)
     config.no_sync_func = model.no_sync
-    return Trainer(run, layout, model, optim.build(run, model))
+    return Trainer(run, layout, model, optim.build(run, model), clock)
+
+
+def _timed(finalize: Callable[..., None], clock: measure.Clock) -> Callable[..., None]:
+    """What Megatron's schedules call after the last backward pass, for the gradients that are still to be reduced."""
+
+    def timed(*arguments: Any, **options: Any) -> None:
+        clock.mark("forward_backward")
+        finalize(*arguments, **options)
+
+    return timed
 
 
 def train_step(
@@ -73,17 +87,22 @@ def train_step(
 
     `before_update` is called when the weights are about to change: a save may still be copying them.
     """
+    clock = trainer.clock
+    clock.start()
     trainer.model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     optim.set_learning_rate(trainer.optimizer, rate, trainer.run)
     reported = _run_schedule(trainer, batch, forward_only=False)
+    clock.mark("gradient_sync")
     before_update()
+    clock.mark("save_wait")
     _, grad_norm, _ = trainer.optimizer.step()
+    clock.mark("optimizer")
     layout = trainer.layout
     digest = batch.digest if layout.speaks_for_its_rows else 0
     digest, *votes = layout.comm.sum([digest, *votes])
     mean = mean_over_ranks(layout, loss.total(reported) / len(batch.tokens))
-    return StepResult(mean, float(grad_norm or 0.0), digest, votes)
+    return StepResult(mean, float(grad_norm or 0.0), digest, votes, clock.read())
 
 
 @torch.no_grad()

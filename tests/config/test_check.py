@@ -149,6 +149,8 @@ def test_a_cluster_profile_is_refused_for_what_cannot_work_on_any_run() -> None:
     assert problems() == problems(executor="slurm", nodes=4) == []
     assert problems(time_limit="1min") == ["signal_delay: 90s leaves nothing of the time limit of 60s"]
     assert problems(nodes=2) == ["nodes: 2; the local executor has this machine alone: make it 1, or executor: slurm"]
+    assert problems(gpu="h200") == []
+    assert problems(gpu="h100-smx") == ["gpu: 'h100-smx' is not known; did you mean 'h100-sxm'?"]
     assert problems(slurm={"partition": "gpu"}) == ["slurm: is for executor: slurm; this profile says local"]
     assert problems(executor="slurm", slurm={"options": {"job_name": "x", "reservation": "night", "Bad key": 1}}) == [
         "slurm.options.job_name: crystal sets this one itself",

@@ -7,7 +7,8 @@ import pytest
 from run_folders import MakeRun, RunFolder
 
 from crystal_hpc.errors import RunError
-from crystal_hpc.report.history import Position, read_history, state, time_spent
+from crystal_hpc.report.history import read_history, state, time_spent
+from crystal_hpc.report.records import Position
 
 
 def test_a_folder_that_is_missing_or_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
