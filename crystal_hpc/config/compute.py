@@ -51,7 +51,8 @@ class Recompute(Strict):
     mode: Literal["none", "selective", "full"] = "none"
     """`selective`: parts of each block, as `modules` says; `full`: whole blocks, of which only the input is kept."""
     modules: list[Literal["core_attn", "layernorm", "mlp"]] = Field(default=["core_attn"], min_length=1)
-    """With `selective`: the parts, in Megatron's words; flash and fused attention recompute `core_attn` anyway."""
+    """With `selective`: the parts, in Megatron's words; flash and fused attention recompute `core_attn` anyway, and
+    `layernorm` needs Transformer Engine."""
     layers: Positive | None = None
     """With `full`: how many blocks of each pipeline stage, the first ones; without it, all."""
 

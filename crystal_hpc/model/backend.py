@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,6 +150,12 @@ class _GeneratorTracker:
             torch.set_rng_state(outside)
 
 
+def _on_the_rig(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls with the mode on, which torch turns off for a backward pass: recomputation creates tensors there."""
+    with _CudaIsCpu():  # type: ignore[no-untyped-call]
+        return function(*args, **kwargs)
+
+
 def install_cpu_rig() -> None:
     """Lets Megatron-core run on this machine's CPU. Raises BackendError where a GPU is there; twice is once."""
     global _active_rig
@@ -164,11 +171,16 @@ def install_cpu_rig() -> None:
     cuda.Stream = cuda.Event = cuda.stream = _NoStream
     cuda.synchronize = cuda.set_device = cuda.empty_cache = cuda.reset_peak_memory_stats = lambda *_: None
     cuda.memory_allocated = cuda.max_memory_allocated = lambda *_: 0
+    autograd: Any = torch.autograd
+    autograd._engine_run_backward = partial(_on_the_rig, autograd._engine_run_backward)
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     with quiet():
         from megatron.core.tensor_parallel import random as megatron_random
 
+    # What recomputation restores.
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     megatron_random._CUDA_RNG_STATE_TRACKER = _GeneratorTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     _active_rig = _CudaIsCpu()

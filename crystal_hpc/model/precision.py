@@ -126,6 +126,8 @@ def _missing(run: Run, machine: Machine) -> list[str]:
             "kernels.cross_entropy: fused": kernels.cross_entropy == "fused",
             "fp8": run.fp8 is not None,
             f"parallel.context: {run.parallel.context}": run.parallel.context > 1,
+            # Megatron's code for it names something that is only defined where Transformer Engine is.
+            "recompute.modules: layernorm": run.recompute.mode == "selective" and "layernorm" in run.recompute.modules,
         }
         missing += [f"Transformer Engine for {key} ({why})" for key, asked in asks.items() if asked]
     elif kernels.rotary == "fused" and run.model.rotary_interleaved and machine.transformer_engine < (2, 3):
