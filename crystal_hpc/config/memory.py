@@ -191,9 +191,8 @@ class Activations:
         all pairs of tokens.
         """
         model, tensor = self.run.model, self.run.parallel.tensor
-        width = (4 if self.engine else 6) * self.size + (
-            _is_eight_bit(self.run, layer) and 1
-        )  # the output once more in 8 bits
+        copies = 4 if self.engine else 6
+        width = copies * self.size + _is_eight_bit(self.run, layer)  # FP8: the output once more, for the next matrix
         denominator = 0 if self.scores_kept else self.tokens * model.heads // tensor * FLOAT
         return self.tokens * width * model.hidden // tensor + denominator + self._scores()
 
@@ -224,5 +223,5 @@ class Activations:
 
     def _loss_size(self) -> int:
         """Bytes of a logit that the loss keeps: the softmax in float32, or the gradient in its place."""
-        plain = self.run.kernels.cross_entropy == "unfused" or not self.engine
+        plain = self.run.kernels.cross_entropy == "unfused" or self.run.deterministic or not self.engine
         return FLOAT if plain else self.size
