@@ -39,10 +39,10 @@ def slopes(results: Sequence[Result], mup: bool, kind: str = "changes") -> dict[
 
 
 def extremes(results: Sequence[Result], mup: bool) -> tuple[float, float]:
-    """Smallest and largest slope of any activation's change after the last step."""
+    """Smallest and largest slope of any activation's change after the last step; not-a-number if one has none."""
     last = [found[-1] for found in slopes(results, mup).values()]
     known = [value for value in last if value is not None]
-    return (min(known), max(known)) if known else (math.nan, math.nan)
+    return (min(known), max(known)) if known and len(known) == len(last) else (math.nan, math.nan)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def tell_coordinates(results: Sequence[figures.Result]) -> list[str]:
             lines.append(f"{label + ': ' + part:<34}{_signed(by_step[1]):>12}{_signed(by_step[-1]):>12}")
     for mup, label in LABELS.items():
         low, high = figures.extremes(results, mup)
-        word = "flat" if max(abs(low), abs(high)) <= figures.FLAT else "not flat"
+        word = "flat" if -figures.FLAT <= low <= high <= figures.FLAT else "not flat"
         lines.append(f"{label}: {word}; slopes from {low:+.2f} to {high:+.2f} (flat: within {figures.FLAT:g})")
     return lines
 
@@ -133,8 +133,9 @@ def _panels(
     drawn = []
     for index, (mup, panel) in enumerate(panels.items()):
         body = "".join((*_axes(frame, xs, x_name, y_name), *_curves(frame, panel, xs[0], mark_least)))
-        name = {True: "with muP", False: "standard parametrisation"}[mup]
-        heading = f'<text class="name" x="{frame.left}" y="20">{text(name)}: {text(title)}</text>'
+        name = {True: "With muP", False: "Standard parametrisation"}[mup]
+        heading = f'<text class="name" x="{frame.left}" y="16">{name}</text>'
+        heading += f'<text x="{frame.left}" y="32">{text(title)}</text>'
         drawn.append(f'<g transform="translate({index * _WIDTH},0)">{heading}{_legend(frame, list(panel))}{body}</g>')
     size = f'viewBox="0 0 {2 * _WIDTH} {_HEIGHT}" width="{2 * _WIDTH}" height="{_HEIGHT}"'
     style = f"<style>{chart.STYLE}{_STYLE}</style>"
@@ -177,12 +178,12 @@ def _curves(frame: Frame, panel: Mapping[str, Curve], first: float, mark_least: 
 
 
 def _legend(frame: Frame, names: Sequence[str]) -> str:
-    """Names of the curves, in two rows."""
-    columns = -(-len(names) // 2)
-    wide = (frame.width - frame.left) / max(columns, 3)
+    """Names of the curves, in one row or two."""
+    columns = 4
+    wide = (frame.width - frame.left) / columns
     parts = []
     for index, name in enumerate(names):
-        x, y = frame.left + 6 + wide * (index % columns), 40 + 18 * (index // columns)
+        x, y = frame.left + 6 + wide * (index % columns), 50 + 18 * (index // columns)
         parts.append(f"<path {chart.mark(index, _tone(index), x, y)}/>")
         parts.append(f'<text x="{x + 10:.1f}" y="{y + 4}">{text(name)}</text>')
     return "".join(parts)

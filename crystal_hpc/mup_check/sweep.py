@@ -31,11 +31,12 @@ def prepare(folder: Path, run: Run, sweep: Sweep) -> list[Point]:
     its stores, or what the folder holds do not fit.
     """
     found = points(run, sweep)
-    read_sources(found[0].run)
-    _refuse_another(folder, found)
+    stores = {name: info.digest for name, info in read_sources(found[0].run).training.items()}
+    _refuse_another(folder, found, stores)
     for part in ("points", "locks", "logs"):
         files.make_folder(folder / part)
     files.write_file(folder / "run.yaml", dump_yaml(with_absolute_paths(run)))
+    files.write_json(folder / "stores.json", stores)
     files.write_json(folder / "sweep.json", asdict(sweep))
     return found
 
@@ -91,7 +92,9 @@ def read_results(folder: Path, found: list[Point]) -> list[dict[str, Any]]:
     return [files.read_json(path) for path in paths if path.exists()]
 
 
-def _refuse_another(folder: Path, found: list[Point]) -> None:
+def _refuse_another(folder: Path, found: list[Point], stores: dict[str, str]) -> None:
+    if (folder / "stores.json").exists() and files.read_json(folder / "stores.json") != stores:
+        raise RunError(f"{folder}: was begun with other token stores; choose another folder, or those stores")
     for point in found:
         path = result_path(folder, point)
         if path.exists() and files.read_json(path)["digest"] != point.about["digest"]:
