@@ -13,6 +13,7 @@ coordinates.svg and transfer.svg. On Slurm the first call submits, and a later o
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from crystal_hpc.config.load import load_cluster, load_run
@@ -45,30 +46,16 @@ def main() -> int:
     """Submits what is missing, or draws what is there; returns the exit code."""
     arguments = parse()
     run, cluster = load_run(arguments.config, arguments.overrides), load_cluster(arguments.cluster)
-    folder, peak = arguments.out.resolve(), run.phases[0].learning_rate.peak
-    widths = _widths("--widths", arguments.widths)
-    narrow = arguments.coordinate_widths
-    asked = Sweep(
-        widths=widths,
-        rates=[peak * 2.0**n for n in range(-4, 3)]
-        if arguments.rates is None
-        else _numbers("--rates", arguments.rates),
-        steps=arguments.steps,
-        coordinate_widths=widths if narrow is None else _widths("--coordinate-widths", narrow),
-        coordinate_rate=peak / 4 if arguments.coordinate_rate is None else arguments.coordinate_rate,
-        coordinate_steps=arguments.coordinate_steps,
-    )
-    found = sweep.prepare(folder, run, asked)
+    folder = arguments.out.resolve()
+    found = sweep.prepare(folder, run, asked(arguments, run.phases[0].learning_rate.peak))
     if queued := sweep.queued(folder):
-        print(
-            f"{_done(folder, found)}; job {', '.join(queued)} is at work; give the same command again when it is over"
-        )
+        print(f"{_done(folder, found)}; job {', '.join(queued)} is at work on the others; {AGAIN}")
         return 0
     if todo := sweep.missing(folder, found):
         jobs = sweep.submit(folder, cluster, max(min(arguments.workers, len(todo)), 1))
         print(f"{_done(folder, found)}; job {jobs[0].job_id.partition('_')[0]} trains the others", flush=True)
         if cluster.executor == "slurm":
-            print(AGAIN)
+            print(f"{AGAIN}; its logs are in {folder / 'logs'}")
             return 0
         with shown_progress() as progress:
             sweep.follow(folder, found, jobs, progress)
@@ -77,18 +64,33 @@ def main() -> int:
     return 0
 
 
+def asked(arguments: argparse.Namespace, peak: float) -> Sweep:
+    """The sweep that the options describe; `peak` is the config's own learning rate."""
+    widths = _widths("--widths", arguments.widths)
+    around = [peak * 2.0**power for power in range(-4, 3)]
+    others = arguments.coordinate_widths
+    return Sweep(
+        widths=widths,
+        rates=around if arguments.rates is None else _numbers("--rates", arguments.rates),
+        steps=arguments.steps,
+        coordinate_widths=widths if others is None else _widths("--coordinate-widths", others),
+        coordinate_rate=peak / 4 if arguments.coordinate_rate is None else arguments.coordinate_rate,
+        coordinate_steps=arguments.coordinate_steps,
+    )
+
+
 def _done(folder: Path, found: list[Point]) -> str:
     return f"{len(found) - len(sweep.missing(folder, found))} of {len(found)} points are done"
 
 
 def _widths(option: str, words: str) -> list[int]:
-    return [int(width) for width in _numbers(option, words)]
+    return [int(width) for width in _numbers(option, words, int)]
 
 
-def _numbers(option: str, words: str) -> list[float]:
+def _numbers(option: str, words: str, kind: Callable[[str], float] = float) -> list[float]:
     """Numbers with commas between them; raises ConfigError for anything else."""
     try:
-        return [float(word) for word in words.split(",") if word.strip()]
+        return [kind(word) for word in words.split(",") if word.strip()]
     except ValueError:
         raise ConfigError(f"{words!r}: write numbers with commas between them, as in 64,128,256", option) from None
 
