@@ -23,7 +23,7 @@ LAYERS = [
     {"train"},
     {"convert"},
     {"jobs", "report"},
-    {"cli", "cli_checkpoints", "cli_data", "cli_proof", "cli_stage", "demo", "drill"},
+    {"cli", "cli_checkpoints", "cli_data", "cli_proof", "cli_stage", "demo", "drill", "mup_check"},
 ]
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 80

@@ -78,6 +78,38 @@ def slurm_parameters(
     return _directives(given, cluster)
 
 
+def worker_parameters(name: str, cluster: Cluster, at_once: int) -> dict[str, Any]:
+    """Parameters for an array of independent processes, one rank (and GPU) each, that belong to no run's chain.
+
+    Raises ConfigError for a value that no line of #SBATCH can hold.
+    """
+    slurm = cluster.slurm
+    options = {key.replace("_", "-"): value for key, value in slurm.options.items() if value is not False}
+    parameters: dict[str, Any] = {
+        "job_name": name,
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "time": math.ceil(cluster.time_limit / 60),
+        "signal_delay_s": cluster.signal_delay,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "exclude": ",".join(slurm.exclude) or None,
+        "gpus_per_node": 1 if slurm.gpus else None,
+        "cpus_per_task": slurm.cpus_per_rank,
+        "mem": None if slurm.memory == "0" else slurm.memory,  # a whole node is more than one rank's
+        "array_parallelism": at_once,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "setup": _environment(cluster),
+        "srun_args": _container_arguments(slurm.container),
+        "additional_parameters": _directives({"requeue": True, **options}, cluster),
+    }
+    given = {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
+    return _directives(given, cluster)
+
+
 def python_command(cluster: Cluster) -> str:
     """How a rank's Python is started: shell words, signals held back, inside the container if there is one."""
     container = cluster.slurm.container
@@ -98,22 +130,29 @@ def batch_command(word: str, folder: Path, link: Link) -> str:
 
 
 def _setup(cluster: Cluster, folder: Path, link: Link) -> list[str]:
+    return [
+        "# signals are for the ranks: this script lives on, and decides how the job does",
+        "trap : TERM USR2",
+        *_environment(cluster),
+        batch_command("begin", folder, link),
+        f"case $? in 0) ;; {NOTHING_TO_DO}) exit 0 ;; *) exit 1 ;; esac",
+        *_copying(cluster, folder, link),
+    ]
+
+
+def _environment(cluster: Cluster) -> list[str]:
+    """What the profile sets up before anything of ours runs."""
     slurm = cluster.slurm
     variables = {**slurm.network, **cluster.environment}
     if slurm.cpus_per_rank:
         variables["SRUN_CPUS_PER_TASK"] = str(slurm.cpus_per_rank)  # srun no longer takes it over from sbatch
     return [
-        "# signals are for the ranks: this script lives on, and decides how the job does",
-        "trap : TERM USR2",
         *(f"module load {shlex.quote(module)}" for module in slurm.modules),
         *slurm.setup,
         *(["set +e"] if slurm.setup else []),  # what comes after looks at exit codes itself
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(variables.items())),
         *([f"export CRYSTAL_SCRATCH={_expanded(slurm.scratch)}"] if slurm.scratch else []),
         SHIELD,
-        batch_command("begin", folder, link),
-        f"case $? in 0) ;; {NOTHING_TO_DO}) exit 0 ;; *) exit 1 ;; esac",
-        *_copying(cluster, folder, link),
     ]
 
 

@@ -49,7 +49,7 @@ def prepare(run: Run, cluster: Cluster | None, runs: Path) -> Path:
         check_layout(run, cluster)
         if cluster.executor == "slurm":
             queueing.check_path(folder)
-    run = _absolute(run)
+    run = with_absolute_paths(run)
     sources = read_sources(run)
     if (folder / "run.yaml").exists():
         _refuse_another(folder, run, sources)
@@ -100,17 +100,24 @@ def start(folder: Path, cluster: Cluster) -> list[Any]:
 
 
 def _start_here(folder: Path, cluster: Cluster) -> Any:
+    from crystal_hpc.jobs.task import TrainTask
+
+    with files.disk_errors(folder):
+        return submit_here(TrainTask(folder), folder / "logs", cluster)
+
+
+def submit_here(task: Any, logs: Path, cluster: Cluster) -> Any:
+    """Starts a task on every rank of a local cluster; returns submitit's job, which outlives this process."""
     import submitit
 
     from crystal_hpc.jobs.executor import MANY
-    from crystal_hpc.jobs.task import TrainTask
 
-    executor = submitit.LocalExecutor(folder / "logs", max_num_timeout=MANY)
+    executor = submitit.LocalExecutor(logs, max_num_timeout=MANY)
     executor.update_parameters(**local_parameters(cluster))
     # Held back from the first instruction of every rank on, through submitit's controller and its requeues. The
     # controller itself never lets them in: signals are for the ranks (`crystal cancel`).
-    with _detached(), held_back(), _environment(cluster.environment), files.disk_errors(folder):
-        return executor.submit(TrainTask(folder))
+    with _detached(), held_back(), _environment(cluster.environment):
+        return executor.submit(task)
 
 
 def dry_run(run: Run, cluster: Cluster, runs: Path) -> Iterator[tuple[str, str]]:
@@ -120,7 +127,7 @@ def dry_run(run: Run, cluster: Cluster, runs: Path) -> Iterator[tuple[str, str]]
     folder = (runs / run.name).resolve()
     check_layout(run, cluster)
     queueing.check_path(folder)
-    for link, script in queueing.scripts(folder, _absolute(run), cluster):
+    for link, script in queueing.scripts(folder, with_absolute_paths(run), cluster):
         yield f"{link.kind} {link.phase}", script
 
 
@@ -184,7 +191,7 @@ def _progress(run: Run, step: dict[str, Any]) -> str:
     )
 
 
-def _absolute(run: Run) -> Run:
+def with_absolute_paths(run: Run) -> Run:
     """The run with absolute paths: the job may start in another folder."""
 
     def resolved(named: dict[str, str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import pytest
 from crystal_hpc.config.load import load_cluster
 from crystal_hpc.config.schema import Cluster, Run
 from crystal_hpc.errors import ConfigError, RunError, SlurmError
-from crystal_hpc.jobs import queueing, request, slurm
+from crystal_hpc.jobs import executor, queueing, request, slurm
 
 GOLDEN = Path(__file__).parent / "golden"
 PROFILES = {path.stem: path for path in Path(__file__).parents[2].glob("configs/clusters/*.yaml")}
@@ -119,6 +119,18 @@ def test_bash_and_shellcheck_find_nothing_wrong_with_an_accepted_script(profile:
     # SC2209: `env` is one of them, and nothing to run.
     done = subprocess.run([shellcheck, "--exclude=SC2016,SC2086,SC2209", *paths], capture_output=True, text=True)
     assert done.stdout == ""
+
+
+def test_an_array_of_workers_asks_for_one_rank_each_and_belongs_to_no_chain(tmp_path: Path) -> None:
+    keys = {"account": "mine", "cpus_per_rank": 3, "memory": "0", "modules": ["cuda"], "options": {"comment": "x"}}
+    where = cluster(keys, nodes=4, ranks_per_node=1, environment={"A": "b"})
+    parameters = request.worker_parameters("demo.mup", where, at_once=5)
+    script = executor.Executor(tmp_path, request.python_command(where), parameters).script(slices=5)
+    wanted = ("nodes=1", "ntasks-per-node=1", "gpus-per-node=1", "cpus-per-task=3", "account=mine", "comment=x")
+    assert all(f"#SBATCH --{option}\n" in script for option in (*wanted, "array=0-4%5", "requeue", "time=60"))
+    assert "--mem" not in script, "a whole node's memory is not for one rank"
+    assert "module load cuda\nexport A=b\n" in script
+    assert "crystal_hpc.jobs.batch" not in script
 
 
 # --- Values that try to leave their quotes. Scripts run in a real bash, where srun and Python only note their words.
