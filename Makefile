@@ -15,9 +15,10 @@ demo: $(VENV)/.demo
 	$(BIN)/crystal demo $(if $(FRESH),--fresh)
 	@echo "make demo took $$(( $$(date +%s) - $(STARTED) )) s"
 
-# pytest's summary must be the last thing printed: the time stands before it (--durations) and in the summary itself.
+# Two processes: one half of the tests mostly waits for Slurm (tests/conftest.py says which stay together). pytest's
+# summary must be the last thing printed: the time stands before it (--durations) and in the summary itself.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder --durations=10
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -17,6 +17,22 @@ from crystal_hpc.data.tokenizer import train_tokenizer
 SYLLABLES = [consonant + vowel for consonant in "bdklmn" for vowel in "aeiou"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: a module stays in one process, for its fixtures; so do all tests on one private Slurm.
+
+    Those come first: they mostly wait, and the two processors should have work until the end.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    on_slurm = {"_four_nodes", "_accounted"}
+    for item in items:
+        group = "slurm" if on_slurm & set(getattr(item, "fixturenames", ())) else item.nodeid.partition("::")[0]
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not on_slurm & set(getattr(item, "fixturenames", ())))
+
+
 def made_up_text(chance: random.Random) -> str:
     """Some words nobody has seen, most of which come again."""
     words = ["".join(chance.choices(SYLLABLES, k=chance.randint(1, 4))) for _ in range(20)]

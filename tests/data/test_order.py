@@ -327,10 +327,10 @@ def test_a_plan_of_a_trillion_tokens_answers_at_once_in_little_memory() -> None:
     assert derive.total_tokens(run) > 1.39e12
     tokens = {name: 50_000_000_000 for name in mixture}
     tracemalloc.start()
-    begun = time.monotonic()
+    begun = time.process_time()  # of this process, whatever else the machine does
     order = run_orders(run, tokens)[1]
     source, epoch, row = order.samples(np.arange(2112) + 600_000_000)
-    elapsed, (_, peak) = time.monotonic() - begun, tracemalloc.get_traced_memory()
+    elapsed, (_, peak) = time.process_time() - begun, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert elapsed < 1
     assert peak < 20e6

@@ -20,7 +20,7 @@ from crystal_hpc.jobs.status import cancel, describe_status, log_lines
 from crystal_hpc.report.html import write_report
 from crystal_hpc.report.ledger import check_ledger
 
-PATIENCE = 90
+PATIENCE = 240
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """A private, real Slurm for the tests: four virtual nodes; a second one of two nodes has accounting.
 
-Each is started once, on the first test that needs it, and stopped at the end. Runs here are the tiny one of the other
-tests with more steps, so that there is something to interrupt.
+Each is started once in a process, on the first test that needs it, and stopped at the end. Runs here are the tiny one
+of the other tests with more steps, so that there is something to interrupt.
 """
 
+import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +27,10 @@ def _started(folder: Path, **settings: Any) -> DevCluster:
     if os.geteuid() != 0:
         pytest.skip("a private Slurm needs root")
     try:
-        install(settings["accounting"])
+        # Every process of xdist may have a cluster; apt-get serves one at a time.
+        with open(folder.parents[1] / "installing", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            install(settings["accounting"])
     except ClusterError as error:
         pytest.skip(f"a private Slurm needs what could not be installed: {error}")
     cluster = DevCluster(folder, tied=True)

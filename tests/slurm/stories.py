@@ -13,7 +13,7 @@ from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Cluster
 from crystal_hpc.jobs import journal, submit, submitted
 
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 
 class Story:

@@ -117,7 +117,7 @@ check_nodes(Cluster.model_validate({profile(nodes=5).model_dump(mode="json")!r})
 """
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     wait_for(queued, "the job to be queued")
-    time.sleep(0.3)  # sbatch has been left
+    time.sleep(1)  # sbatch has been left
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
     assert queued() == ""

@@ -14,7 +14,7 @@ from typing import Any
 
 from crystal_hpc.train.preemption import Stop, StopFlag
 
-PATIENCE = 60
+PATIENCE = 240
 
 
 # The looks at the flag in an undisturbed tiny run without held-out data: in each phase one when set-up is over, one at
