@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_generations import changed, killed_at, make_generation
+from dying import killed_at
+from made_generations import changed, make_generation
 
 from crystal_hpc import files
 from crystal_hpc.config.load import load_run
