@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from crystal_hpc import files
 from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Run
-from crystal_hpc.convert import formats, from_hf, memory, names, weights
+from crystal_hpc.convert import formats, from_hf, memory, names, resume, weights
 from crystal_hpc.convert.hf_folder import MARKER, is_hf_folder
 from crystal_hpc.convert.readback import check_export, check_import
 from crystal_hpc.convert.reader import CheckpointReader
@@ -127,8 +127,10 @@ def export_checkpoint(
     target = formats.by_name(options.format)
     shape = names.Shape(run.model, run.mup)
     target.check(shape)
-    if options.skip_done and _is_there(checkpoint, run, out, target, dtype, options):
-        return f"{out}: was exported already"
+    if options.skip_done:
+        resume.settle(out.resolve(), MARKER)
+        if _is_there(checkpoint, run, out, target, dtype, options):
+            return f"{out}: was exported already"
     if options.verify == "all":
         memory.check_room_for_logits(run.model)
     verified: list[str] = []
