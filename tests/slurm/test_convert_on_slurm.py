@@ -9,9 +9,8 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 from made_generations import make_generation
-from made_up import megatron_tensors
+from made_up import megatron_tensors, stacked
 from stories import wait_for
 
 from crystal_hpc import files
@@ -19,7 +18,6 @@ from crystal_hpc.config.load import load_run
 from crystal_hpc.convert.export import Options, export_share
 from crystal_hpc.convert.resume import PROGRESS
 from crystal_hpc.jobs import slurm
-from crystal_hpc.train.keys import is_stack, key_of
 from crystal_hpc.train.state import Position
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,12 +32,7 @@ def run_folder(tiny_config: dict[str, Any], write_config: Callable[..., Path], t
     folder.mkdir()
     run = load_run(write_config(tiny_config).rename(folder / "run.yaml"))
     for seed, position in enumerate((Position(0, 2), Position(0, 5), Position(1, 2), Position(1, 4), Position(2, 3))):
-        stacks: dict[str, list[torch.Tensor]] = {}
-        for name, tensor in megatron_tensors(run.model, seed).items():  # layers in order
-            stacks.setdefault(key_of(name)[0], []).append(tensor)
-        made = {key: torch.stack(parts) if is_stack(key) else parts[0]
-                for key, parts in stacks.items()}  # fmt: skip
-        make_generation(folder, run, position, made=made)
+        make_generation(folder, run, position, made=stacked(megatron_tensors(run.model, seed)))
     return folder
 
 
