@@ -196,11 +196,14 @@ def _describe_logits(result: object) -> str:
 
 
 def _is_there(checkpoint: Path, run: Run, out: Path, target: names.Format, dtype: str, options: Options) -> bool:
-    if not (out / MARKER).is_file():
-        return False
+    """Whether an export is there, of this checkpoint and these options, with all its files of weights."""
     wanted = weights.conversion(CheckpointReader(checkpoint, run), target, dtype, options.shard_bytes)
-    marker = files.read_json(out / MARKER)
-    return all(marker.get(key) == value for key, value in wanted.items())
+    try:
+        marker = files.read_json(out / MARKER)
+        whole = all((out / name).stat().st_size == about["bytes"] for name, about in marker["files"].items())
+        return whole and all(marker.get(key) == value for key, value in wanted.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def is_checkpoint(source: Path) -> bool:
