@@ -72,7 +72,8 @@ def export_share(
     """Exports every n-th checkpoint of a run, or of a phase, from the i-th on, `share` = (i, n); yields what to tell.
 
     What is there already is left as it is, what was cut short goes on. A checkpoint that cannot be exported does not
-    stop the others. Shares make up all only as long as no checkpoint comes or goes. Raises CheckpointError in the end, if there was one.
+    stop the others. Shares make up all only as long as no checkpoint comes or goes. Raises CheckpointError in the end,
+    if one could not be exported.
     """
     run = _load_run(folder)
     mine = find_checkpoints(folder, run, phase, None)[share[0] :: share[1]]
