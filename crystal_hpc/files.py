@@ -20,6 +20,7 @@ from crystal_hpc.errors import DiskError, RunError
 PENDING = ".pending"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system answers that knows no locks."""
+EARLY = 8 << 20  # bytes after which the disk is given work
 
 _REFUSALS = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
@@ -202,6 +203,78 @@ def _is_still(path: Path, file: IO[str]) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+class HashedFile:
+    """A new file, the digest of whose bytes is taken on their way out; as much of a file as torch.save wants.
+
+    Small pieces are gathered, large ones go straight to the kernel. Refusals of the disk are OSErrors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import xxhash
+
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._hash = xxhash.xxh3_128()
+        self._small = bytearray()
+        self._size = self._written = self._started = 0
+
+    def write(self, data: Any) -> int:
+        """Appends bytes."""
+        view = memoryview(data).cast("B")
+        self._size += len(view)
+        if len(view) < 1 << 16:
+            self._small += view
+            if len(self._small) >= 1 << 20:
+                self.flush()
+        else:
+            self.flush()
+            self._put(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._size
+
+    def flush(self) -> None:
+        """Hands the kernel what is still gathered."""
+        small, self._small = self._small, bytearray()
+        self._put(memoryview(small))
+
+    def close(self) -> None:
+        """Forces the file to the disk."""
+        self.flush()
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        """Closes the file as it is."""
+        with contextlib.suppress(OSError):  # a network file system may refuse bytes as late as in the first close
+            os.close(self._descriptor)
+
+    def digest(self) -> str:
+        """xxh3-128 of all that was written, in hex."""
+        return self._hash.hexdigest()
+
+    def _put(self, view: memoryview) -> None:
+        self._hash.update(view)
+        self._written += len(view)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+        if self._written - self._started >= EARLY:
+            # Asked to drop what is not on the disk yet, the kernel begins to write it; else most waits for the fsync.
+            length = self._written - self._started
+            os.posix_fadvise(self._descriptor, self._started, length, os.POSIX_FADV_DONTNEED)
+            self._started = self._written
+
+
+def read_into(descriptor: int, target: memoryview, at: int) -> None:
+    """Fills `target` with the bytes of an open file from `at` on. Raises EOFError where it ends before."""
+    while target:
+        count = os.preadv(descriptor, [target[: 1 << 30]], at)
+        if not count:
+            raise EOFError("the file ends too early")
+        target, at = target[count:], at + count
 
 
 def remove_folder(path: Path) -> None:

@@ -7,6 +7,7 @@ resumable, and in place under its name only when complete, as an export.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -23,7 +24,7 @@ from crystal_hpc import files, provenance
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Parallel, Run
 from crystal_hpc.convert import formats, names
-from crystal_hpc.convert.blocks import Background, Norm, as_bytes, contiguous, one_thread, transposed_in_memory
+from crystal_hpc.convert.blocks import Arena, Background, Norm, one_thread
 from crystal_hpc.convert.hf_folder import HfFolder
 from crystal_hpc.convert.reader import IMPORT
 from crystal_hpc.convert.resume import Work, working
@@ -31,6 +32,7 @@ from crystal_hpc.convert.shapes import as_run, check_same, write_model
 from crystal_hpc.convert.weights import SHARD_BYTES, Dtype, Meter, Progress, cut
 from crystal_hpc.errors import CheckpointError
 from crystal_hpc.train import distcp
+from crystal_hpc.train.archive import as_bytes
 from crystal_hpc.train.keys import key_of
 from crystal_hpc.train.manifest import FileEntry, Manifest, TensorEntry
 
@@ -132,9 +134,10 @@ class _Stream:
         self._entries = source.format.entries(source.shape)
         self._originals = {original: copy for copy, original in source.format.copies(source.shape).items()}
         self._dtypes = _dtypes(source, self._entries, None if dtype is None else getattr(torch, dtype))
-        self._transposed = _transposed(self._entries, self._shape)
         self._shards = cut(self._entries, self._nbytes, shard_bytes)
         self._meter = Meter("writing weights", sum(map(self._nbytes, self._entries)), on_progress)
+        self._parts = Arena()
+        self._targets = itertools.cycle([Arena(), Arena()])  # one is written out while the other is filled
 
     @property
     def precision(self) -> str:
@@ -178,24 +181,22 @@ class _Stream:
 
     def _read(self, entry: names.Entry, after: names.Entry | None, sources: dict[str, str]) -> Tensor:
         """The Megatron tensor of an entry; the digests of what it is made of go into `sources`."""
-        dtype = self._dtypes[entry.megatron]
-        parts = []
-        for name in entry.published:
-            digest = xxhash.xxh3_128()
-            part = self._hf.read(name, digest.update)
-            sources[name] = digest.hexdigest()
-            part = contiguous(part, dtype)
-            parts.append(transposed_in_memory(part) if name in self._transposed else part)
+        stored = [self._hf.tensors[name] for name in entry.published]
+        parts = self._parts.tensors([(one.shape, one.dtype) for one in stored])
+        for name, part in zip(entry.published, parts, strict=True):
+            _, sources[name] = self._hf.read_hashed(name, part)
             self._check_copy(name, sources[name])
         for name in after.published if after else ():
             self._hf.read_ahead(name)
-        return contiguous(names.join(entry, self._shape, parts))
+        size = names.size(self._shape.model, entry.megatron)
+        (tensor,) = next(self._targets).tensors([(size, self._dtypes[entry.megatron])])
+        return names.join(entry, self._shape, parts, tensor)
 
     def _check_copy(self, name: str, digest: str) -> None:
         copy = self._originals.get(name)
         if copy is None or copy not in self._hf.tensors:
             return
-        if xxhash.xxh3_128_hexdigest(as_bytes(self._hf.read(copy))) != digest:
+        if self._hf.read_hashed(copy)[1] != digest:
             raise CheckpointError(f"{copy}: differs from {name}, but a tied model has one of them")
 
     def _chunk(self, megatron: str, tensor: Tensor) -> distcp.Chunk:
@@ -206,16 +207,6 @@ class _Stream:
 
     def _nbytes(self, entry: names.Entry) -> int:
         return math.prod(names.size(self._shape.model, entry.megatron)) * self._dtypes[entry.megatron].itemsize
-
-
-def _transposed(entries: list[names.Entry], shape: names.Shape) -> set[str]:
-    """Published matrices that lie the other way round: `join` goes through them faster if memory does so too."""
-    found = set()
-    for entry in entries:
-        parts = entry.split(torch.empty(names.size(shape.model, entry.megatron), device="meta"), shape)
-        named = zip(entry.published, parts, strict=True)
-        found |= {name for name, part in named if part.ndim == 2 and part.stride(0) == 1 < part.stride(1)}
-    return found
 
 
 def _dtypes(source: Source, entries: list[names.Entry], wanted: torch.dtype | None) -> dict[str, torch.dtype]:

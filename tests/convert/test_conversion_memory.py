@@ -13,7 +13,6 @@ from trained_runs import REPOSITORY
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Model
 from crystal_hpc.convert import from_hf, memory, weights
-from crystal_hpc.convert.blocks import Blocks
 from crystal_hpc.convert.names import Shape, published_sizes, size
 from crystal_hpc.convert.safetensors_io import SafetensorsWriter
 from crystal_hpc.convert.shapes import as_run
@@ -59,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = weights.FORMAT.published_config(as_run(shape, 64, "fp32"))
     (folder / "hf" / "config.json").write_text(json.dumps(config))
     noise = torch.randn(LARGEST // 4, generator=torch.Generator().manual_seed(2))
-    with SafetensorsWriter(folder / "hf" / "model.safetensors", layout, Blocks()) as writer:
+    with SafetensorsWriter(folder / "hf" / "model.safetensors", layout) as writer:
         for name, (_, sizes) in layout.items():
             writer.write(name, noise[: torch.Size(sizes).numel()].view(sizes))
         writer.close()
