@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from crystal_hpc.train import checkpoint, generations, writing
+from crystal_hpc.train import checkpoint, distcp, generations, writing
 from crystal_hpc.train.preemption import Stop
 
 
@@ -24,16 +24,21 @@ def only_one_rank_sees_damage(job: Any, victim: int) -> None:
         generations.find_damage = find
 
 
-def loading_fails(_job: Any, want_of: str) -> None:
-    """Files have been found to be whole, and tensors cannot be read from them then."""
+def without_memory(_job: Any) -> None:
+    """There is none for the tensors of a checkpoint."""
+    torch.load = lambda *_arguments, **_more: torch.empty(1 << 50)
+    distcp.archive.find_numbers = lambda *_arguments: None
 
-    def load(*_arguments: Any, **_more: Any) -> Any:
-        if want_of == "memory":
-            return torch.empty(1 << 50)
-        with open("/proc/self/mem", "rb", buffering=0) as file:  # at address 0: a real EIO
-            return file.read(1)
 
-    torch.load = load
+def without_storage(_job: Any, place: Path) -> None:
+    """A file of a generation that has just been found to be whole can no longer be read."""
+
+    def find(*_arguments: Any) -> list[str]:
+        (place / "__0_0.distcp").unlink()
+        (place / "__0_0.distcp").symlink_to("/proc/self/mem")  # at address 0: a real EIO
+        return []
+
+    generations.find_damage = find
 
 
 def optimizer_does_nothing(job: Any) -> None:

@@ -216,12 +216,13 @@ def test_checkpoints_of_another_version_are_not_moved_away(new_run: Callable[...
     assert len(steps_saved(folder)) == 2 and not (folder / "quarantine").exists()
 
 
-@pytest.mark.parametrize("want_of", ["memory", "storage"])
+@pytest.mark.parametrize("lack", ["memory", "storage"])
 def test_a_machine_that_cannot_read_costs_a_run_no_checkpoint(
-    new_run: Callable[..., Path], tmp_path: Path, want_of: str
+    new_run: Callable[..., Path], tmp_path: Path, lack: str
 ) -> None:
     folder = branch(short_run(new_run), tmp_path / "sick", 3)
-    (ended,) = run_ranks(train, 1, folder, [], breaking.loading_fails, want_of)
+    how = (breaking.without_memory,) if lack == "memory" else (breaking.without_storage, generation(folder, 3))
+    (ended,) = run_ranks(train, 1, folder, [], *how)
     assert isinstance(ended.error, CheckpointError) and "this says nothing of its content" in str(ended.error)
     assert len(steps_saved(folder)) == 3 and not (folder / "quarantine").exists()
 
