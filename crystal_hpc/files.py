@@ -13,12 +13,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from crystal_hpc.errors import DiskError, RunError
 
 PENDING = ".pending"
 EARLY = 8 << 20  # bytes after which the disk is given work
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system answers that knows no locks."""
 
 _REFUSALS = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
@@ -154,16 +156,21 @@ def last_line(path: Path, within: int = 1 << 16) -> dict[str, Any] | None:
     return None
 
 
+def fsync_folder(path: Path) -> None:
+    """Forces a folder to the disk, and all that is in it."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            fsync_path(Path(folder, name))
+        fsync_path(Path(folder))
+
+
 def commit_folder(pending: Path, final: Path) -> None:
     """Makes a finished folder visible under its final name: fsync of every file, then one rename.
 
     The caller has written the folder's marker last; `final` must not exist.
     """
     with disk_errors(final):
-        for folder, _, names in os.walk(pending):
-            for name in names:
-                fsync_path(Path(folder, name))
-            fsync_path(Path(folder))
+        fsync_folder(pending)
         os.rename(pending, final)
         fsync_path(final.parent)
 
@@ -172,14 +179,30 @@ def commit_folder(pending: Path, final: Path) -> None:
 def locked(path: Path, refusal: str) -> Iterator[None]:
     """Keeps other processes out of the block, on this host and (where locks work there) on shared storage.
 
-    Raises RunError with `refusal` if another is inside.
+    The file at `path` is there as long as the lock is held, or longer where its holder was killed. Raises RunError with
+    `refusal` if another is inside.
     """
     with disk_errors(path), open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(refusal) from None
-        yield
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        if not _is_still(path, file):  # its holder removed it after we had opened it
+            raise RunError(refusal)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_still(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class HashedFile:

@@ -79,12 +79,14 @@ def generate(folder: Path, prompt: str, tokens: int, temperature: float = 0.8, s
     """At most `tokens` tokens of text that follow `prompt`, as the model would begin a document with it.
 
     Temperature 0 takes the likeliest token each time. The same seed gives the same text on the same machine. Raises
-    CheckpointError where the folder is no export, or the text would be longer than what the model was trained on;
-    StoreError where it has no tokenizer.
+    CheckpointError where the folder is no export, the text would be longer than what the model was trained on, or have
+    no tokens; StoreError where it has no tokenizer.
     """
     model, tokenizer = load(folder), Tokenizer.load(folder)
     start = [tokenizer.bos, *tokenizer.encode(prompt)]
-    longest = model.config.n_positions
+    longest = model.config.max_position_embeddings
+    if tokens < 1:
+        raise CheckpointError(f"{tokens} tokens of text make no text; ask for one at least")
     if len(start) + tokens > longest:
         raise CheckpointError(
             f"a prompt of {len(start)} tokens and {tokens} more are too long: the model was trained on {longest}"

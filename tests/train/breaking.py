@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crystal_hpc.train import checkpoint, generations, writing
 from crystal_hpc.train.preemption import Stop
 
@@ -20,6 +22,18 @@ def only_one_rank_sees_damage(job: Any, victim: int) -> None:
 
     if job.layout.comm.rank == victim:
         generations.find_damage = find
+
+
+def loading_fails(_job: Any, want_of: str) -> None:
+    """Files have been found to be whole, and tensors cannot be read from them then."""
+
+    def load(*_arguments: Any, **_more: Any) -> Any:
+        if want_of == "memory":
+            return torch.empty(1 << 50)
+        with open("/proc/self/mem", "rb", buffering=0) as file:  # at address 0: a real EIO
+            return file.read(1)
+
+    torch.load = load
 
 
 def optimizer_does_nothing(job: Any) -> None:
