@@ -18,9 +18,9 @@ from typing import IO, Any
 from crystal_hpc.errors import DiskError, RunError
 
 PENDING = ".pending"
+EARLY = 8 << 20  # bytes after which the disk is given work
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system answers that knows no locks."""
-EARLY = 8 << 20  # bytes after which the disk is given work
 
 _REFUSALS = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",

@@ -73,7 +73,7 @@ def export_share(
 
     What is there already is left as it is, what was cut short goes on. A checkpoint that cannot be exported does not
     stop the others. Shares make up all only as long as no checkpoint comes or goes. Raises CheckpointError in the end,
-    if one could not be exported.
+    if there was one.
     """
     run = _load_run(folder)
     mine = find_checkpoints(folder, run, phase, None)[share[0] :: share[1]]
