@@ -2,11 +2,15 @@
 
 Loading is shared with `verify`. It asks Transformers for the model class in the very folder named: AutoModelForCausalLM
 remembers the first class it saw for a configuration, and would run that one on the next export of the same process.
-(The copies of model code that Transformers keeps on disk are safe: their names carry a digest of the code.)
+The copies of model code that Transformers imports go into a folder of this process: in the home folder, where they
+would stay, tasks on other nodes may be writing the same ones, and some homes cannot be written.
 """
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ def load(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     """
     if not (folder / MARKER).is_file():
         raise CheckpointError(f"{folder}: is no exported model (it has no {MARKER}); export a checkpoint first")
+    os.environ.setdefault("HF_MODULES_CACHE", _modules().name)  # read when transformers is imported
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     with _loading(folder):
@@ -54,6 +59,12 @@ def load_as(folder: Path, architecture: str, dtype: torch.dtype | str = torch.fl
 
             kind = getattr(modeling_crystalcoder, architecture)
         return kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype).eval()
+
+
+@cache
+def _modules() -> tempfile.TemporaryDirectory[str]:
+    """Is removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="crystal-modules-")
 
 
 @contextlib.contextmanager
