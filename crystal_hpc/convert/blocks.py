@@ -5,7 +5,9 @@ cache when it is hashed and handed to the kernel, and so that memory does not de
 """
 
 import contextlib
+import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,32 +17,39 @@ from torch import Tensor
 
 BLOCK_BYTES = 8 << 20
 ALIGNED = 64  # bytes: where a tensor may begin
+SMALL_BYTES = 1 << 20
+LONGEST_QUEUE = 8  # so many small tensors may wait
 # A tile of a transpose, rows and columns of the source: both its copies stay in the cache (2 GB/s a core; a plain
 # copy_ of a transposed view reads a cache line for each number, 0.25 GB/s).
 TILE = (512, 256)
 
 
 class Background:
-    """One thread that does one thing at a time; `submit` waits for the thing before and raises what it raised."""
+    """One thread that does one thing after another. What one of them raises, a later `submit` or `wait` raises.
+
+    Torch computes in it with one thread of its own (the number counts for the thread that sets it), so that norms do
+    not depend on how many the environment allows.
+    """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._last: Future[Any] | None = None
+        self._pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        self._waiting: deque[Future[Any]] = deque()
 
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Starts `work` once the work before is done."""
-        self.wait()
-        self._last = self._pool.submit(work, *arguments)
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Puts `work` at the end of the queue; waits where that is long already."""
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) >= LONGEST_QUEUE):
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(work, *arguments))
+        return self._waiting[-1]
 
     def wait(self) -> None:
         """Returns when nothing is under way."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
+        while self._waiting:
+            self._waiting.popleft().result()
 
     def abandon(self) -> None:
-        """Ends the thread once what is under way is done, however that went."""
-        self._pool.shutdown()
+        """Ends the thread once what is under way is done, however that went; what waits is not begun."""
+        self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> "Background":
         return self
@@ -54,9 +63,13 @@ class Arena:
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._user: Future[Any] | None = None
 
     def tensors(self, wanted: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
         """Contiguous tensors of these shapes and dtypes, of arbitrary content; those of the last call are gone."""
+        user, self._user = self._user, None
+        if user is not None:
+            user.result()
         starts, end = [], 0
         for shape, dtype in wanted:
             starts.append(end)
@@ -68,6 +81,24 @@ class Arena:
             self._bytes[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for start, (shape, dtype) in zip(starts, wanted, strict=True)
         ]
+
+    def keep_for(self, user: "Future[Any]") -> None:
+        """The tensors stay until this is done."""
+        self._user = user
+
+
+class Arenas:
+    """Two arenas in turn: one is filled while a background writes out the other. Small tensors get memory of their own.
+
+    With two alone, a long tensor before a short one would be waited for before the next long one is begun.
+    """
+
+    def __init__(self) -> None:
+        self._turns = itertools.cycle([Arena(), Arena()])
+
+    def next(self, nbytes: int) -> Arena:
+        """For tensors of so many bytes together."""
+        return next(self._turns) if nbytes > SMALL_BYTES else Arena()
 
 
 def copy(target: Tensor, source: Tensor) -> None:

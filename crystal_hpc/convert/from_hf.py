@@ -7,7 +7,6 @@ resumable, and in place under its name only when complete, as an export.
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import time
@@ -24,7 +23,7 @@ from crystal_hpc import files, provenance
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Parallel, Run
 from crystal_hpc.convert import formats, names
-from crystal_hpc.convert.blocks import Arena, Background, Norm, one_thread
+from crystal_hpc.convert.blocks import Arena, Arenas, Background, Norm, one_thread
 from crystal_hpc.convert.hf_folder import HfFolder
 from crystal_hpc.convert.reader import IMPORT
 from crystal_hpc.convert.resume import Work, working
@@ -137,7 +136,7 @@ class _Stream:
         self._shards = cut(self._entries, self._nbytes, shard_bytes)
         self._meter = Meter("writing weights", sum(map(self._nbytes, self._entries)), on_progress)
         self._parts = Arena()
-        self._targets = itertools.cycle([Arena(), Arena()])  # one is written out while the other is filled
+        self._targets = Arenas()
 
     @property
     def precision(self) -> str:
@@ -162,25 +161,28 @@ class _Stream:
             writer = distcp.FileWriter(path)
             try:
                 for entry, after in zip(shard, [*shard[1:], None], strict=True):
-                    tensor = self._read(entry, after, sources)
-                    background.submit(self._put, writer, entry.megatron, tensor, tensors)
+                    arena = self._targets.next(self._nbytes(entry))
+                    tensor = self._read(entry, after, arena, sources)
+                    arena.keep_for(background.submit(self._put, writer, entry.megatron, tensor, tensors))
                     self._meter.add(self._nbytes(entry))
                 background.wait()
+                written = writer.close()
             except BaseException:
                 background.abandon()
                 writer.abandon()
                 raise
-            written = writer.close()
         placed = [{**one._asdict(), "dtype": _name(one.dtype)} for one in written.placed]
         work.note(name, written.bytes, written.digest, placed=placed, tensors=tensors, sources=sources)
 
     def _put(self, writer: distcp.FileWriter, name: str, tensor: Tensor, tensors: dict[str, Any]) -> None:
         """What is done in the background while the next tensor is read."""
-        tensors[name] = _described(tensor)
+        tensors[name] = about = _described(tensor)
+        if not math.isfinite(about["norm"]):
+            raise CheckpointError(f"{self._hf.folder}: {name} would hold numbers that are infinite or none at all")
         writer.add(self._chunk(name, tensor))
 
-    def _read(self, entry: names.Entry, after: names.Entry | None, sources: dict[str, str]) -> Tensor:
-        """The Megatron tensor of an entry; the digests of what it is made of go into `sources`."""
+    def _read(self, entry: names.Entry, after: names.Entry | None, arena: Arena, sources: dict[str, str]) -> Tensor:
+        """The Megatron tensor of an entry, in `arena`; the digests of what it is made of go into `sources`."""
         stored = [self._hf.tensors[name] for name in entry.published]
         parts = self._parts.tensors([(one.shape, one.dtype) for one in stored])
         for name, part in zip(entry.published, parts, strict=True):
@@ -189,7 +191,7 @@ class _Stream:
         for name in after.published if after else ():
             self._hf.read_ahead(name)
         size = names.size(self._shape.model, entry.megatron)
-        (tensor,) = next(self._targets).tensors([(size, self._dtypes[entry.megatron])])
+        (tensor,) = arena.tensors([(size, self._dtypes[entry.megatron])])
         return names.join(entry, self._shape, parts, tensor)
 
     def _check_copy(self, name: str, digest: str) -> None:
@@ -236,9 +238,6 @@ def _described(tensor: Tensor) -> dict[str, Any]:
 
 def _manifest(source: Source, precision: str, work: Work, started: float) -> Manifest:
     tensors = {name: about for _, note in sorted(work.finished.items()) for name, about in note["tensors"].items()}
-    for name, about in tensors.items():
-        if not math.isfinite(about["norm"]):
-            raise CheckpointError(f"{source.folder.folder}: {name} would hold numbers that are infinite or none at all")
     alone = {"ranks": 1, **Parallel().model_dump()}
     return Manifest(
         kind="weights", run=source.folder.folder.resolve().name, digest=derive.run_digest(source.run(precision)),

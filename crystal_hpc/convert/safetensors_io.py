@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -196,16 +197,16 @@ class SafetensorsWriter:
         self._background = Background()
         self._file.write(_header(self._layout))
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor) -> "Future[Any]":
         """Appends the tensor whose turn it is; in any memory order, rounded to the dtype it has in the layout.
 
-        Returns at once; the tensor must stay as it is until the next `write`, or `close`, returns.
+        Returns at once; the tensor must stay as it is until what is returned, and so all before it, is done.
         """
         dtype, shape = self._layout[name]
         if not self._left or name != self._left[0] or tuple(tensor.shape) != shape:
             raise ValueError(f"{name} of shape {tuple(tensor.shape)} is not what comes next in the file")
-        self._background.submit(self._put, name, contiguous(tensor, dtype))
         self._left.pop(0)
+        return self._background.submit(self._put, name, contiguous(tensor, dtype))
 
     def close(self) -> WrittenFile:
         """Forces the file to the disk."""

@@ -7,7 +7,6 @@ needed. `from_hf` is the way back.
 """
 
 import contextlib
-import itertools
 import math
 import shutil
 import time
@@ -23,7 +22,7 @@ from torch import Tensor
 from crystal_hpc import files
 from crystal_hpc.config.schema import Run
 from crystal_hpc.convert import formats, names
-from crystal_hpc.convert.blocks import Arena, Background, Norm, one_thread
+from crystal_hpc.convert.blocks import Arena, Arenas, Background, Norm, one_thread
 from crystal_hpc.convert.digests import DigestCheck
 from crystal_hpc.convert.hf_folder import CONFIG, MARKER, SAFETENSORS, dump_index
 from crystal_hpc.convert.reader import CheckpointReader
@@ -160,7 +159,7 @@ class _Stream:
         self._total = sum(map(self._nbytes, entries))
         self._meter = Meter("writing weights", self._total, on_progress)
         self._source = Arena()
-        self._targets = itertools.cycle([Arena(), Arena()])  # one is written out while the other is filled
+        self._targets = Arenas()
 
     def write(self, work: Work, checker: DigestCheck | None) -> dict[str, Any]:
         """Writes what is not finished yet, and the index; returns the summary's numbers."""
@@ -191,10 +190,11 @@ class _Stream:
             for entry in shard:
                 tensor = self._read(entry.megatron)
                 notes.submit(self._note, entry.megatron, tensor, sources)
-                parts = next(self._targets).tensors([(self._sizes[part], self._dtype) for part in entry.published])
+                arena = self._targets.next(self._nbytes(entry))
+                parts = arena.tensors([(self._sizes[part], self._dtype) for part in entry.published])
                 names.split(entry, self._shape, tensor, parts)
                 for published, part in zip(entry.published, parts, strict=True):
-                    writer.write(published, part)
+                    arena.keep_for(writer.write(published, part))
                 notes.wait()  # the next tensor takes the place of this one
                 self._meter.add(self._nbytes(entry))
                 if checker:
