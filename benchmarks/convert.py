@@ -108,7 +108,6 @@ def _make_folder(folder: Path, layers: int) -> int:
 
     from crystal_hpc.config.schema import Mup
     from crystal_hpc.convert import weights
-    from crystal_hpc.convert.blocks import Blocks
     from crystal_hpc.convert.hf_folder import dump_index
     from crystal_hpc.convert.names import Shape, published_sizes
     from crystal_hpc.convert.safetensors_io import SafetensorsWriter
@@ -123,11 +122,11 @@ def _make_folder(folder: Path, layers: int) -> int:
     noise = (0.02 * torch.randn(1 << 27, generator=torch.Generator().manual_seed(1))).bfloat16()
     shards = weights.cut(entries, lambda entry: sum(2 * torch.Size(sizes[n]).numel() for n in entry.published), SHARD)
     placed: dict[str, str] = {}
-    blocks, started = Blocks(), 0
+    started = 0
     for number, shard in enumerate(shards):
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         layout = {part: (torch.bfloat16, sizes[part]) for entry in shard for part in entry.published}
-        with SafetensorsWriter(folder / name, layout, blocks) as writer:
+        with SafetensorsWriter(folder / name, layout) as writer:
             for part, (_, extent) in layout.items():
                 count = torch.Size(extent).numel()
                 started = (started + 12347) % ((1 << 27) - count + 1) if count < 1 << 27 else 0

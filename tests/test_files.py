@@ -1,6 +1,7 @@
 """What reaches the disk is old or new, never a mixture; and what the disk refuses is said in words."""
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crystal_hpc import files
-from crystal_hpc.errors import CrystalError, DiskError
+from crystal_hpc.errors import CrystalError, DiskError, RunError
 
 KILLS = 12
 SIZE = 200_000
@@ -283,3 +285,36 @@ def test_waiting_ends_when_the_file_shows_or_time_is_up(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 10
     timer.join()
     assert files.wait_until_visible(path, 0)
+
+
+def test_a_lock_keeps_others_out_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with files.locked(path, "busy"):
+        with pytest.raises(RunError, match="busy"), files.locked(path, "busy"):
+            raise AssertionError("both are inside")
+        assert path.exists()
+    assert not path.exists()
+    path.touch()  # of a holder that was killed
+    with files.locked(path, "busy"):
+        pass
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, flock = tmp_path / "lock", fcntl.flock
+
+    def too_late(file: Any, how: int) -> None:
+        path.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    with pytest.raises(RunError, match="busy"), files.locked(path, "busy"):
+        raise AssertionError("inside, with a lock that nobody else sees")
+
+
+def test_where_a_file_system_has_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_file: Any, _how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with files.locked(tmp_path / "lock", "busy"):
+        pass

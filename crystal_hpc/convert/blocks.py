@@ -5,8 +5,10 @@ cache when it is hashed and handed to the kernel, and so that memory does not de
 """
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,32 +16,40 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 8 << 20
+ALIGNED = 64  # bytes: where a tensor may begin
+SMALL_BYTES = 1 << 20
+LONGEST_QUEUE = 8  # so many small tensors may wait
 # A tile of a transpose, rows and columns of the source: both its copies stay in the cache (2 GB/s a core; a plain
 # copy_ of a transposed view reads a cache line for each number, 0.25 GB/s).
 TILE = (512, 256)
 
 
 class Background:
-    """One thread that does one thing at a time; `submit` waits for the thing before and raises what it raised."""
+    """One thread that does one thing after another. What one of them raises, a later `submit` or `wait` raises.
+
+    Torch computes in it with one thread of its own (the number counts for the thread that sets it), so that norms do
+    not depend on how many the environment allows.
+    """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._last: Future[Any] | None = None
+        self._pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        self._waiting: deque[Future[Any]] = deque()
 
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Starts `work` once the work before is done."""
-        self.wait()
-        self._last = self._pool.submit(work, *arguments)
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Puts `work` at the end of the queue; waits where that is long already."""
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) >= LONGEST_QUEUE):
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(work, *arguments))
+        return self._waiting[-1]
 
     def wait(self) -> None:
         """Returns when nothing is under way."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
+        while self._waiting:
+            self._waiting.popleft().result()
 
     def abandon(self) -> None:
-        """Ends the thread once what is under way is done, however that went."""
-        self._pool.shutdown()
+        """Ends the thread once what is under way is done, however that went; what waits is not begun."""
+        self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> "Background":
         return self
@@ -48,46 +58,58 @@ class Background:
         self.abandon()
 
 
-class Blocks:
-    """The bytes of tensors, block by block, through two buffers that take turns."""
+class Arena:
+    """Memory for a few tensors, used again for the next few: touching new memory takes longer than filling it."""
 
-    def __init__(self, nbytes: int = BLOCK_BYTES) -> None:
-        self._buffers = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)]
-        self._turn = 0
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._user: Future[Any] | None = None
 
-    def of(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """Contiguous 1-D uint8 tensors that together are the row-major bytes of `tensor` in `dtype`.
+    def tensors(self, wanted: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+        """Contiguous tensors of these shapes and dtypes, of arbitrary content; those of the last call are gone."""
+        user, self._user = self._user, None
+        if user is not None:
+            user.result()
+        starts, end = [], 0
+        for shape, dtype in wanted:
+            starts.append(end)
+            end += -(-math.prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
+        if end > len(self._bytes):
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # before there is more
+            self._bytes = torch.empty(end, dtype=torch.uint8)
+        return [
+            self._bytes[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for start, (shape, dtype) in zip(starts, wanted, strict=True)
+        ]
 
-        A block is good until two more have been asked for. Bytes that lie right already are not copied.
-        """
-        dtype = dtype or tensor.dtype
-        if tensor.numel() == 0:
-            return
-        if tensor.is_contiguous():
-            flat = tensor.reshape(-1)
-            step = len(self._buffers[0]) // dtype.itemsize
-            for part in torch.split(flat, step):
-                yield part.view(torch.uint8) if part.dtype == dtype else self._copied(part, dtype)
-            return
-        row = math.prod(tensor.shape[1:])
-        rows = len(self._buffers[0]) // (row * dtype.itemsize)
-        if rows == 0:
-            for part in tensor:
-                yield from self.of(part, dtype)
-            return
-        for part in torch.split(tensor, rows):
-            yield self._copied(part, dtype)
+    def keep_for(self, user: "Future[Any]") -> None:
+        """The tensors stay until this is done."""
+        self._user = user
 
-    def _copied(self, part: Tensor, dtype: torch.dtype) -> Tensor:
-        buffer = self._buffers[self._turn][: part.numel() * dtype.itemsize]
-        self._turn = 1 - self._turn
-        copy(buffer.view(dtype).view(part.shape), part)
-        return buffer
+
+class Arenas:
+    """Two arenas in turn: one is filled while a background writes out the other. Small tensors get memory of their own.
+
+    With two alone, a long tensor before a short one would be waited for before the next long one is begun.
+    """
+
+    def __init__(self) -> None:
+        self._turns = itertools.cycle([Arena(), Arena()])
+
+    def next(self, nbytes: int) -> Arena:
+        """For tensors of so many bytes together."""
+        return next(self._turns) if nbytes > SMALL_BYTES else Arena()
 
 
 def copy(target: Tensor, source: Tensor) -> None:
-    """`target.copy_(source)`, at the speed of memory where a matrix is transposed on the way."""
-    if source.ndim != 2 or source.stride(0) != 1 or source.stride(1) == 1 or not target.is_contiguous():
+    """`target.copy_(source)`, at the speed of memory where matrices are transposed on the way."""
+    if target.ndim > 2:
+        for some, other in zip(target, source, strict=True):
+            copy(some, other)
+        return
+    if _by_columns(target):
+        target, source = target.T, source.T
+    if not _by_columns(source):
         target.copy_(source)
         return
     rows, columns = TILE
@@ -97,10 +119,8 @@ def copy(target: Tensor, source: Tensor) -> None:
             target[i : i + columns, j : j + rows] = tile.T.contiguous().T.contiguous()
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor of any dtype."""
-    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
+def _by_columns(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and tensor.stride(0) == 1 < tensor.stride(1)
 
 
 def contiguous(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -111,11 +131,6 @@ def contiguous(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     result = torch.empty(tensor.shape, dtype=dtype)
     copy(result, tensor)
     return result
-
-
-def transposed_in_memory(tensor: Tensor) -> Tensor:
-    """The same matrix, column after column: what is then done with its transpose is done with whole rows."""
-    return contiguous(tensor.T).T
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ class DigestCheck:
         self._allowed = AHEAD
         self._total = sum(entry.bytes for entry in entries.values())
         self._changed = threading.Condition()
-        self._error: CheckpointError | None = None
+        self._error: BaseException | None = None
         self._stopped = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -56,12 +56,16 @@ class DigestCheck:
             for name, entry in self._entries.items():
                 if not self._stopped:
                     done = self._check(self._folder / name, entry, done)
-        except OSError as error:
-            self._error = CheckpointError(f"{error.filename}: cannot be read ({error.strerror})")
-        except CheckpointError as error:
+        except BaseException as error:  # raised where the caller asks
             self._error = error
 
     def _check(self, path: Path, entry: FileEntry, done: int) -> int:
+        try:
+            return self._compare(path, entry, done)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def _compare(self, path: Path, entry: FileEntry, done: int) -> int:
         digest, block = xxhash.xxh3_128(), bytearray(BLOCK)
         with open(path, "rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from crystal_hpc import files
 from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Run
-from crystal_hpc.convert import formats, from_hf, memory, names, weights
+from crystal_hpc.convert import formats, from_hf, memory, names, resume, weights
 from crystal_hpc.convert.hf_folder import MARKER, is_hf_folder
 from crystal_hpc.convert.readback import check_export, check_import
 from crystal_hpc.convert.reader import CheckpointReader
@@ -81,7 +81,8 @@ def export_share(
     """Exports every n-th checkpoint of a run, or of a phase, from the i-th on, `share` = (i, n); yields what to tell.
 
     What is there already is left as it is, what was cut short goes on. A checkpoint that cannot be exported does not
-    stop the others. Raises CheckpointError in the end, if there was one.
+    stop the others. Shares make up all only as long as no checkpoint comes or goes. Raises CheckpointError in the end,
+    if there was one.
     """
     run = _load_run(folder)
     mine = find_checkpoints(folder, run, phase, None)[share[0] :: share[1]]
@@ -139,8 +140,10 @@ def export_checkpoint(
     target = formats.by_name(options.format)
     shape = names.Shape(run.model, run.mup)
     target.check(shape)
-    if options.skip_done and _is_there(checkpoint, run, out, target, dtype, options):
-        return f"{out}: was exported already"
+    if options.skip_done:
+        resume.settle(out.resolve(), MARKER)
+        if _is_there(checkpoint, run, out, target, dtype, options):
+            return f"{out}: was exported already"
     if options.verify == "all":
         memory.check_room_for_logits(run.model)
     verified: list[str] = []
@@ -206,11 +209,14 @@ def _describe_logits(result: object) -> str:
 
 
 def _is_there(checkpoint: Path, run: Run, out: Path, target: names.Format, dtype: str, options: Options) -> bool:
-    if not (out / MARKER).is_file():
-        return False
+    """Whether an export is there, of this checkpoint and these options, with all its files of weights."""
     wanted = weights.conversion(CheckpointReader(checkpoint, run), target, dtype, options.shard_bytes)
-    marker = files.read_json(out / MARKER)
-    return all(marker.get(key) == value for key, value in wanted.items())
+    try:
+        marker = files.read_json(out / MARKER)
+        whole = all((out / name).stat().st_size == about["bytes"] for name, about in marker["files"].items())
+        return whole and all(marker.get(key) == value for key, value in wanted.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def is_checkpoint(source: Path) -> bool:

@@ -24,7 +24,7 @@ from crystal_hpc.config import derive
 from crystal_hpc.config.compute import Parallel
 from crystal_hpc.config.schema import Run
 from crystal_hpc.convert import formats, names
-from crystal_hpc.convert.blocks import Background, Norm, as_bytes, contiguous, one_thread, transposed_in_memory
+from crystal_hpc.convert.blocks import Arena, Arenas, Background, Norm, one_thread
 from crystal_hpc.convert.hf_folder import HfFolder
 from crystal_hpc.convert.reader import IMPORT
 from crystal_hpc.convert.resume import Work, working
@@ -32,6 +32,7 @@ from crystal_hpc.convert.shapes import as_run, check_same, write_model
 from crystal_hpc.convert.weights import SHARD_BYTES, Dtype, Meter, Progress, cut
 from crystal_hpc.errors import CheckpointError
 from crystal_hpc.train import distcp
+from crystal_hpc.train.archive import as_bytes
 from crystal_hpc.train.keys import key_of
 from crystal_hpc.train.manifest import FileEntry, Manifest, TensorEntry
 
@@ -133,9 +134,10 @@ class _Stream:
         self._entries = source.format.entries(source.shape)
         self._originals = {original: copy for copy, original in source.format.copies(source.shape).items()}
         self._dtypes = _dtypes(source, self._entries, None if dtype is None else getattr(torch, dtype))
-        self._transposed = _transposed(self._entries, self._shape)
         self._shards = cut(self._entries, self._nbytes, shard_bytes)
         self._meter = Meter("writing weights", sum(map(self._nbytes, self._entries)), on_progress)
+        self._parts = Arena()
+        self._targets = Arenas()
 
     @property
     def precision(self) -> str:
@@ -160,43 +162,44 @@ class _Stream:
             writer = distcp.FileWriter(path)
             try:
                 for entry, after in zip(shard, [*shard[1:], None], strict=True):
-                    tensor = self._read(entry, after, sources)
-                    background.submit(self._put, writer, entry.megatron, tensor, tensors)
+                    arena = self._targets.next(self._nbytes(entry))
+                    tensor = self._read(entry, after, arena, sources)
+                    arena.keep_for(background.submit(self._put, writer, entry.megatron, tensor, tensors))
                     self._meter.add(self._nbytes(entry))
                 background.wait()
+                written = writer.close()
             except BaseException:
                 background.abandon()
                 writer.abandon()
                 raise
-            written = writer.close()
         placed = [{**one._asdict(), "dtype": _name(one.dtype)} for one in written.placed]
         work.note(name, written.bytes, written.digest, placed=placed, tensors=tensors, sources=sources)
 
     def _put(self, writer: distcp.FileWriter, name: str, tensor: Tensor, tensors: dict[str, Any]) -> None:
         """What is done in the background while the next tensor is read."""
-        tensors[name] = _described(tensor)
+        tensors[name] = about = _described(tensor)
+        if not math.isfinite(about["norm"]):
+            raise CheckpointError(f"{self._hf.folder}: {name} would hold numbers that are infinite or none at all")
         writer.add(self._chunk(name, tensor))
 
-    def _read(self, entry: names.Entry, after: names.Entry | None, sources: dict[str, str]) -> Tensor:
-        """The Megatron tensor of an entry; the digests of what it is made of go into `sources`."""
-        dtype = self._dtypes[entry.megatron]
-        parts = []
-        for name in entry.published:
-            digest = xxhash.xxh3_128()
-            part = self._hf.read(name, digest.update)
-            sources[name] = digest.hexdigest()
-            part = contiguous(part, dtype)
-            parts.append(transposed_in_memory(part) if name in self._transposed else part)
+    def _read(self, entry: names.Entry, after: names.Entry | None, arena: Arena, sources: dict[str, str]) -> Tensor:
+        """The Megatron tensor of an entry, in `arena`; the digests of what it is made of go into `sources`."""
+        stored = [self._hf.tensors[name] for name in entry.published]
+        parts = self._parts.tensors([(one.shape, one.dtype) for one in stored])
+        for name, part in zip(entry.published, parts, strict=True):
+            _, sources[name] = self._hf.read_hashed(name, part)
             self._check_copy(name, sources[name])
         for name in after.published if after else ():
             self._hf.read_ahead(name)
-        return contiguous(names.join(entry, self._shape, parts))
+        size = names.size(self._shape.model, entry.megatron)
+        (tensor,) = arena.tensors([(size, self._dtypes[entry.megatron])])
+        return names.join(entry, self._shape, parts, tensor)
 
     def _check_copy(self, name: str, digest: str) -> None:
         copy = self._originals.get(name)
         if copy is None or copy not in self._hf.tensors:
             return
-        if xxhash.xxh3_128_hexdigest(as_bytes(self._hf.read(copy))) != digest:
+        if self._hf.read_hashed(copy)[1] != digest:
             raise CheckpointError(f"{copy}: differs from {name}, but a tied model has one of them")
 
     def _chunk(self, megatron: str, tensor: Tensor) -> distcp.Chunk:
@@ -207,16 +210,6 @@ class _Stream:
 
     def _nbytes(self, entry: names.Entry) -> int:
         return math.prod(names.size(self._shape.model, entry.megatron)) * self._dtypes[entry.megatron].itemsize
-
-
-def _transposed(entries: list[names.Entry], shape: names.Shape) -> set[str]:
-    """Published matrices that lie the other way round: `join` goes through them faster if memory does so too."""
-    found = set()
-    for entry in entries:
-        parts = entry.split(torch.empty(names.size(shape.model, entry.megatron), device="meta"), shape)
-        named = zip(entry.published, parts, strict=True)
-        found |= {name for name, part in named if part.ndim == 2 and part.stride(0) == 1 < part.stride(1)}
-    return found
 
 
 def _dtypes(source: Source, entries: list[names.Entry], wanted: torch.dtype | None) -> dict[str, torch.dtype]:
@@ -246,9 +239,6 @@ def _described(tensor: Tensor) -> dict[str, Any]:
 
 def _manifest(source: Source, precision: str, work: Work, started: float) -> Manifest:
     tensors = {name: about for _, note in sorted(work.finished.items()) for name, about in note["tensors"].items()}
-    for name, about in tensors.items():
-        if not math.isfinite(about["norm"]):
-            raise CheckpointError(f"{source.folder.folder}: {name} would hold numbers that are infinite or none at all")
     alone = {"ranks": 1, **Parallel().model_dump()}
     return Manifest(
         kind="weights", run=source.folder.folder.resolve().name, digest=derive.run_digest(source.run(precision)),

@@ -7,7 +7,7 @@ folder that `weights` exported, what is read is compared with the digests that t
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import xxhash
 from torch import Tensor
 
 from crystal_hpc import files
-from crystal_hpc.convert.blocks import as_bytes, contiguous
+from crystal_hpc.convert.blocks import contiguous
 from crystal_hpc.convert.safetensors_io import SafetensorsFile
 from crystal_hpc.errors import CheckpointError
+from crystal_hpc.train.archive import as_bytes
 
 CONFIG = "config.json"
 MARKER = "export.json"  # in a folder that `weights` wrote
@@ -58,21 +59,23 @@ class HfFolder:
             self._check_index(index)
         self._recorded = _recorded_digests(folder)
 
-    def read(self, name: str, digest: Callable[[Any], object] | None = None) -> Tensor:
-        """One tensor, contiguous, in the dtype it is stored in; `digest` is called with its bytes.
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """One tensor, contiguous, in the dtype it is stored in: a new one, or `into`, which is so already.
 
-        Raises CheckpointError where they cannot be read, or are not those that were exported.
+        Raises CheckpointError where its bytes cannot be read, or are not those that were exported.
         """
-        tensor = contiguous(self._open[self.tensors[name].file].read(name))
-        expected = self._recorded.get(name)
-        if expected is not None and xxhash.xxh3_128_hexdigest(as_bytes(tensor)) != expected:
+        return self.read_hashed(name, into)[0]
+
+    def read_hashed(self, name: str, into: Tensor | None = None) -> tuple[Tensor, str]:
+        """As `read`; and the xxh3-128 digest of the tensor's bytes, in hex."""
+        tensor = contiguous(self._open[self.tensors[name].file].read(name, into=into))
+        digest, expected = xxhash.xxh3_128_hexdigest(as_bytes(tensor)), self._recorded.get(name)
+        if expected not in (None, digest):
             raise CheckpointError(
                 f"{self.folder / self.tensors[name].file}: {name} is not what was exported (its digest differs from "
                 f"that in {MARKER}); export it again"
             )
-        if digest is not None:
-            digest(as_bytes(tensor))
-        return tensor
+        return tensor, digest
 
     def read_ahead(self, name: str) -> None:
         """Asks the kernel to fetch a tensor, and returns at once."""
@@ -126,8 +129,9 @@ class _TorchFile:
             raise CheckpointError(f"{path}: is not a table of tensors")
         self.tensors: dict[str, Tensor] = content
 
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name].detach()
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        tensor = self.tensors[name].detach()
+        return tensor if into is None else into.copy_(tensor)
 
     def close(self) -> None:
         self.tensors = {}

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 from crystal_hpc.config import derive
@@ -14,7 +15,7 @@ BYTES_A_PARAMETER = 5
 OWN = 2 << 30
 # A limit on address space also counts the file that Transformers maps, and what threads have only reserved.
 MAPPED_BYTES_A_PARAMETER = 9
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def check_room_for_logits(model: Model) -> None:
@@ -33,15 +34,35 @@ def check_room_for_logits(model: Model) -> None:
 
 
 def available() -> int | None:
-    """Bytes of memory that this process may still take, as far as the kernel tells."""
+    """Bytes of memory that this process may still take, as far as the kernel tells: of the machine, and of its job."""
     found = [int(match[1]) << 10] if (match := re.search(r"MemAvailable:\s*(\d+) kB", _text("/proc/meminfo"))) else []
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for folder, limit, used in _cgroups():
         with contextlib.suppress(ValueError):
-            found.append(int(_text(_CGROUP / limit)) - int(_text(_CGROUP / used)))
+            found.append(int(_text(folder / limit)) - int(_text(folder / used)) + _cache(folder))
     return min(found, default=None)
+
+
+def _cgroups() -> Iterator[tuple[Path, str, str]]:
+    """Folders of the control groups that may limit memory, from our own to the root, and their files: limit, use."""
+    for line in _text(_OWN_CGROUP).splitlines():
+        controllers, path = line.split(":", 2)[1:]
+        if controllers == "":
+            root, names = _CGROUP, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = _CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            yield folder, *names
+            if folder == root:
+                break
+
+
+def _cache(folder: Path) -> int:
+    """Bytes of files that count as used and that the kernel gives back when memory runs short."""
+    said = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines())
+    return sum(int(said.get(f"total_{kind}", said.get(kind, 0))) for kind in ("inactive_file", "active_file"))
 
 
 def address_space() -> int | None:

@@ -1,23 +1,26 @@
 """Which Megatron tensor is which tensor of a published format: the machinery; the tables, as data, are in `formats`.
 
 An export walks a table from left to right, an import from right to left. Every tensor of the model stands in exactly
-one entry, so that a tensor that is left over, on either side, is an error and never a silent loss. Each entry goes
-there and back without changing a bit; where numbers are scaled on the way, that is checked for every tensor.
+one entry, so that a tensor that is left over, on either side, is an error and never a silent loss. An entry's rule says
+which numbers of the one side are which of the other, once for both directions, so that going there and back changes no
+bit; where numbers are scaled on the way, that is checked for each of them.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from crystal_hpc.config.schema import Model, Mup, Run
+from crystal_hpc.convert.blocks import copy
 from crystal_hpc.errors import CheckpointError
 
-Parts = tuple[Tensor, ...]
+Size = tuple[int, ...]
+AT_ONCE = 2**22  # numbers that are scaled, and compared, in one go
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Megatron's tensors with a row for each token id."""
@@ -41,16 +44,34 @@ class Shape:
         return int(self.head_width * self.model.rotary_fraction)
 
 
+class Piece(NamedTuple):
+    """Some numbers of a Megatron tensor, and the same of a published one: two views of one shape."""
+
+    megatron: Tensor
+    published: Tensor
+    factor: float = 1.0
+    """What a published number is of Megatron's; a power of two."""
+    again: bool = False
+    """Whether a piece before has the same Megatron numbers; both must then say the same."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the numbers of a Megatron tensor lie in published ones, for both directions."""
+
+    sizes: Callable[[Size, Shape], Sequence[Size]]
+    """Shapes of the published tensors, from that of the Megatron tensor."""
+    pieces: Callable[[Tensor, Sequence[Tensor], Shape], Iterable[Piece]]
+    """The pieces that make up all of the Megatron tensor, and all of the published ones."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One Megatron tensor and the published tensors that hold the same numbers; in a table, `{n}` is the layer."""
 
     megatron: str
     published: tuple[str, ...]
-    split: Callable[[Tensor, Shape], Parts]
-    """The published tensors, in the order of `published`; views where possible, on any device (`meta` too)."""
-    join: Callable[[Sequence[Tensor], Shape], Tensor]
-    """The inverse of `split`, bit for bit."""
+    rule: Rule
 
 
 @dataclass(frozen=True)
@@ -89,19 +110,8 @@ class Format:
         return any(re.fullmatch(buffer, name) for buffer in self.buffers)
 
 
-def keep(tensor: Tensor, _shape: Shape) -> Parts:
-    """The tensor as it is."""
-    return (tensor,)
-
-
-def kept(parts: Sequence[Tensor], _shape: Shape) -> Tensor:
-    """The inverse of `keep`."""
-    return parts[0]
-
-
-def drop_padding(tensor: Tensor, shape: Shape) -> Parts:
-    """The rows of the vocabulary: other trainers pad it for tensor parallelism, with rows that belong to no token."""
-    return (tensor[: shape.model.vocab_size],)
+KEEP = Rule(lambda size, _: [size], lambda tensor, parts, _: [Piece(tensor, parts[0])])
+"""The tensor as it is."""
 
 
 def limit_reasons(title: str, limits: Mapping[str, Any], shape: Shape) -> list[str]:
@@ -148,34 +158,76 @@ def _numbered(entry: Entry, n: int) -> Entry:
     return replace(entry, megatron=entry.megatron.format(n=n), published=published)
 
 
-def split(entry: Entry, shape: Shape, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The published (name, tensor) pairs of one Megatron tensor, whose vocabulary may be padded.
+def split(entry: Entry, shape: Shape, tensor: Tensor, into: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+    """The published tensors of one Megatron tensor, whose vocabulary may be padded with rows that belong to no token.
 
+    In the order of `entry.published`; contiguous. `into`: tensors to fill instead of new ones, in a dtype of theirs.
     Raises CheckpointError that names the tensor, for a wrong shape and for numbers that would not come back.
     """
     expected = size(shape.model, entry.megatron)
     if entry.megatron in VOCABULARY and tensor.ndim == 2 and len(tensor) > expected[0]:
-        expected = (len(tensor), expected[1])
+        tensor = tensor[: expected[0]]
     _check_size(entry.megatron, tensor, expected)
+    if into is None:
+        into = [torch.empty(sizes, dtype=tensor.dtype) for sizes in published_sizes(entry, shape)]
     with _naming(entry.megatron):
-        return zip(entry.published, entry.split(tensor, shape), strict=True)
+        for piece in entry.rule.pieces(tensor, into, shape):
+            _move(piece.published, piece.megatron, piece.factor)
+    return into
 
 
-def join(entry: Entry, shape: Shape, parts: Sequence[Tensor]) -> Tensor:
+def join(entry: Entry, shape: Shape, parts: Sequence[Tensor], into: Tensor | None = None) -> Tensor:
     """The Megatron tensor of published ones, in the order of `entry.published`; its vocabulary is not padded.
 
-    Raises CheckpointError that names the tensor, for a wrong shape and for numbers that would not come back.
+    Contiguous. `into`: a tensor to fill instead of a new one, in a dtype of its own. Raises CheckpointError that names
+    the tensor, for a wrong shape and for numbers that would not come back.
     """
     for name, part, expected in zip(entry.published, parts, published_sizes(entry, shape), strict=True):
         _check_size(name, part, expected)
+    if into is None:
+        into = torch.empty(size(shape.model, entry.megatron), dtype=parts[0].dtype)
     with _naming(" and ".join(entry.published)):
-        return entry.join(parts, shape)
+        for piece in entry.rule.pieces(into, parts, shape):
+            if piece.again:
+                _check_again(piece)
+            else:
+                _move(piece.megatron, piece.published, 1 / piece.factor)
+    return into
 
 
-def published_sizes(entry: Entry, shape: Shape) -> list[tuple[int, ...]]:
+def published_sizes(entry: Entry, shape: Shape) -> Sequence[Size]:
     """Shapes of an entry's published tensors."""
-    megatron = torch.empty(size(shape.model, entry.megatron), device="meta")
-    return [tuple(part.shape) for part in entry.split(megatron, shape)]
+    return entry.rule.sizes(size(shape.model, entry.megatron), shape)
+
+
+def _move(target: Tensor, source: Tensor, factor: float) -> None:
+    """Fills `target` with the numbers of `source`, rounded to its dtype, times a power of two.
+
+    Raises CheckpointError where dividing would not give the same bits back: numbers that overflow, or are subnormal.
+    """
+    if factor == 1.0:
+        copy(target, source)
+        return
+    for after, before in _by_rows(target, source):
+        numbers = before.to(after.dtype)
+        after.copy_(numbers * factor)
+        if not same_bits(after * (1 / factor), numbers):
+            raise CheckpointError(
+                f"has numbers so small or so large that muP's factor of {factor:g} changes them in {after.dtype}; "
+                "the crystalcoder format keeps factors out of the weights"
+            )
+
+
+def _check_again(piece: Piece) -> None:
+    for mine, theirs in _by_rows(piece.megatron, piece.published):
+        if not same_bits(mine, theirs.to(mine.dtype) * (1 / piece.factor)):
+            raise CheckpointError("differ by more than muP's factors, and a model with tied embeddings has one table")
+
+
+def _by_rows(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows at a time: the tensor may be the largest of the model."""
+    rows = 1 + AT_ONCE // max(one[0].numel(), 1)
+    return zip(torch.split(one, rows), torch.split(other, rows), strict=True)
 
 
 def _check_size(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
@@ -215,7 +267,11 @@ def to_published(target: Format, shape: Shape, tensors: Mapping[str, Tensor]) ->
     target.check(shape)
     entries = target.entries(shape)
     check_complete((entry.megatron for entry in entries), tensors, "the Megatron tensors")
-    return dict(pair for entry in entries for pair in split(entry, shape, tensors[entry.megatron]))
+    return {
+        name: part
+        for entry in entries
+        for name, part in zip(entry.published, split(entry, shape, tensors[entry.megatron]), strict=True)
+    }
 
 
 def to_megatron(source: Format, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -228,9 +284,9 @@ def to_megatron(source: Format, shape: Shape, tensors: Mapping[str, Tensor]) -> 
     entries, copies = source.entries(shape), source.copies(shape)
     found = {name for name in tensors if not source.is_buffer(name)}
     check_complete((name for entry in entries for name in entry.published), found - set(copies), "the weights")
-    for copy in found & set(copies):
-        if not same_bits(tensors[copy], tensors[copies[copy]]):
-            raise CheckpointError(f"{copy}: differs from {copies[copy]}, but a tied model has one of them")
+    for name in found & set(copies):
+        if not same_bits(tensors[name], tensors[copies[name]]):
+            raise CheckpointError(f"{name}: differs from {copies[name]}, but a tied model has one of them")
     return {entry.megatron: join(entry, shape, [tensors[name] for name in entry.published]) for entry in entries}
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from crystal_hpc import files
 from crystal_hpc.config.schema import Run
 from crystal_hpc.convert import names
-from crystal_hpc.convert.blocks import Norm, as_bytes, contiguous
+from crystal_hpc.convert.blocks import Norm
 from crystal_hpc.convert.from_hf import Source, read_import
 from crystal_hpc.convert.hf_folder import MARKER, HfFolder
 from crystal_hpc.convert.reader import CheckpointReader
 from crystal_hpc.convert.weights import Meter, Progress
 from crystal_hpc.errors import CheckpointError
+from crystal_hpc.train.archive import as_bytes
 
 # Half a unit in the last place, relative, for each number; what a norm is summed up from errs by less.
 ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-11, torch.float32: 1e-5}
@@ -41,7 +42,7 @@ def check_export(folder: Path, run: Run, target: names.Format, on_progress: Prog
         meter = Meter("reading back", sum(tensor.nbytes for tensor in hf.tensors.values()), on_progress)
         for entry in entries:
             parts = [hf.read(name) for name in entry.published]
-            tensor = contiguous(names.join(entry, shape, parts))
+            tensor = names.join(entry, shape, parts)
             _compare(f"{folder}: {entry.megatron}", tensor, marker["sources"][entry.megatron], parts[0].dtype)
             meter.add(sum(part.nbytes for part in parts))
     finally:
@@ -65,13 +66,13 @@ def check_import(folder: Path, source: Source, on_progress: Progress | None = No
         tensor = reader.read(entry.megatron)
         about = reader.manifest.tensors[entry.megatron]
         _check_norm(f"{folder}: {entry.megatron}", Norm().add(tensor).value, about.norm, 1e-5)
-        for name, part in names.split(entry, source.shape, tensor):
+        for name, part in zip(entry.published, names.split(entry, source.shape, tensor), strict=True):
             stored = source.folder.tensors[name]
-            if stored.dtype == part.dtype and _digest(contiguous(part)) != digests[name]:
+            if stored.dtype == part.dtype and _digest(part) != digests[name]:
                 raise CheckpointError(f"{folder}: {name} does not come back from {entry.megatron}; convert it again")
             if stored.dtype != part.dtype:
                 norm = Norm().add(source.folder.read(name)).value
-                _check_norm(f"{folder}: {name}", Norm().add(contiguous(part)).value, norm, _allowed(part.dtype))
+                _check_norm(f"{folder}: {name}", Norm().add(part).value, norm, _allowed(part.dtype))
             meter.add(stored.nbytes)
     return len(digests)
 

@@ -74,10 +74,13 @@ class CheckpointReader:
         """The dtype it was saved in."""
         return self._reader.dtype(self._stored[name].key)
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in the dtype it was saved in. Raises CheckpointError where its bytes cannot be read."""
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """One tensor, in the dtype it was saved in: a new one, or `into`, which has its shape and dtype.
+
+        Raises CheckpointError where its bytes cannot be read.
+        """
         stored = self._stored[name]
-        target = torch.empty(self.shape(name), dtype=self.dtype(name))
+        target = torch.empty(self.shape(name), dtype=self.dtype(name)) if into is None else into
         start = (0,) * target.ndim
         if stored.layer is None:
             self.read_box(stored.key, start, target)

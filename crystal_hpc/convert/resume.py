@@ -3,10 +3,14 @@
 `weights` and `from_hf` write large files into `<out>.pending`. Each finished file is noted in `progress.jsonl`, with
 its digest, once it is on disk; the first line says what is being converted, and how. A process that finds such a folder
 of the very same conversion keeps the noted files, after reading them against their digests, and writes the others.
+
+A finished folder takes the place of an older one by two renames, and the older one lies in `<out>.old.pending` until
+the new one is there: `out` is whole whenever it is there. A start after a kill in between does what is left of it.
 """
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,6 @@ from crystal_hpc import files
 from crystal_hpc.errors import CheckpointError, CrystalError
 
 PROGRESS = "progress.jsonl"
-LOCK = "lock"
 
 
 class Work:
@@ -25,7 +28,7 @@ class Work:
         self.folder = folder
         self.finished = _taken_over(folder, json.loads(json.dumps(identity)))
         for path in folder.iterdir():
-            if path.name not in (PROGRESS, LOCK, *self.finished):
+            if path.name not in (PROGRESS, *self.finished):
                 files.remove_folder(path) if path.is_dir() else path.unlink()
         if not self.finished:
             files.write_file(folder / PROGRESS, json.dumps({"identity": identity}) + "\n")
@@ -47,24 +50,73 @@ def working(out: Path, identity: dict[str, Any], marker: str, overwrite: bool) -
     see `check_destination`. Finished files stay for the next time when the process is stopped or the disk refuses;
     nothing stays after any other error. Raises RunError where another process is at it.
     """
-    check_destination(out, marker, overwrite)
-    pending = out.with_name(out.name + files.PENDING)
-    files.make_folder(pending)
-    with files.locked(
-        pending / LOCK, f"{pending}: another process is writing it; wait for it, or choose another folder"
-    ):
+    files.make_folder(out.parent)
+    pending = _beside(out, "")
+    with _alone(out):
+        _settle(out, marker)
+        check_destination(out, marker, overwrite)
+        files.make_folder(pending)
         work = None
         try:
             with files.disk_errors(pending):
                 work = Work(pending, identity)
                 yield work
-                (pending / PROGRESS).unlink()
-                (pending / LOCK).unlink()
-            _commit(pending, out)
         except (CrystalError, OSError) as error:
             if isinstance(error, CheckpointError) or not (work and work.finished):
                 files.remove_folder(pending)
             raise
+        with files.disk_errors(out):
+            files.fsync_folder(pending)
+            if out.exists():
+                os.rename(out, _beside(out, ".old"))
+            _put_in_place(pending, out)
+        _discard(_beside(out, ".old"), marker)
+
+
+def settle(out: Path, marker: str) -> None:
+    """Does what is left to do where a process was killed as it put a finished folder in the place of `out`.
+
+    Raises RunError where a living process is at it.
+    """
+    if any(_beside(out, what).exists() for what in ("", ".old", ".lock")):
+        with _alone(out):
+            _settle(out, marker)
+
+
+def _settle(out: Path, marker: str) -> None:
+    pending, old = _beside(out, ""), _beside(out, ".old")
+    with files.disk_errors(out):
+        if not out.exists():
+            moved = (old / marker).is_file()
+            if (pending / marker).is_file() and (moved or not (pending / PROGRESS).exists()):
+                _put_in_place(pending, out)
+            elif moved:  # the new one was taken away by somebody
+                os.rename(old, out)
+    _discard(old, marker)
+
+
+def _put_in_place(pending: Path, out: Path) -> None:
+    (pending / PROGRESS).unlink(missing_ok=True)
+    files.fsync_path(pending)
+    os.rename(pending, out)
+    files.fsync_path(out.parent)
+
+
+def _discard(old: Path, marker: str) -> None:
+    with files.disk_errors(old):
+        (old / marker).unlink(missing_ok=True)  # first: half of a folder must not look like one
+    files.remove_folder(old)
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.with_name(f"{out.name}{what}{files.PENDING}")
+
+
+def _alone(out: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock on `out`: beside what it guards, which is renamed."""
+    pending = _beside(out, "")
+    refusal = f"{pending}: another process is writing it; wait for it, or choose another folder"
+    return files.locked(_beside(out, ".lock"), refusal)
 
 
 def check_destination(out: Path, marker: str, overwrite: bool) -> None:
@@ -93,15 +145,3 @@ def _taken_over(folder: Path, identity: dict[str, Any]) -> dict[str, dict[str, A
         if path.is_file() and path.stat().st_size == note.get("bytes") and files.digest_file(path) == note.get("xxh3"):
             notes[path.name] = note
     return notes
-
-
-def _commit(pending: Path, out: Path) -> None:
-    if not out.exists():
-        files.commit_folder(pending, out)
-        return
-    old = out.with_name(f"{out.name}.old{files.PENDING}")
-    files.remove_folder(old)
-    with files.disk_errors(out):
-        out.rename(old)
-    files.commit_folder(pending, out)
-    files.remove_folder(old)

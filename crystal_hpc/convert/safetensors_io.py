@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +22,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from crystal_hpc.convert.blocks import Background, Blocks, as_bytes
+from crystal_hpc.convert.blocks import BLOCK_BYTES, Background, contiguous
 from crystal_hpc.errors import CheckpointError
+from crystal_hpc.files import HashedFile, read_into
+from crystal_hpc.train.archive import as_bytes
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -80,8 +83,11 @@ class SafetensorsFile:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """A tensor, or rows [start, stop) of it, on the CPU, in the dtype it is stored in."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, into: Tensor | None = None) -> Tensor:
+        """A tensor, or rows [start, stop) of it, on the CPU, in the dtype it is stored in.
+
+        `into`: a contiguous tensor of that shape and dtype, to be filled instead of a new one.
+        """
         stored = self.tensors[name]
         if not stored.shape:
             rows: tuple[int, ...] = ()
@@ -91,7 +97,7 @@ class SafetensorsFile:
             if not 0 <= start <= stop <= stored.shape[0]:
                 raise ValueError(f"rows [{start}, {stop}) of a tensor of shape {stored.shape}")
             rows, first = (stop - start, *stored.shape[1:]), start * math.prod(stored.shape[1:])
-        result = torch.empty(rows, dtype=stored.dtype)
+        result = torch.empty(rows, dtype=stored.dtype) if into is None else into
         if result.numel():
             self._fill(result.reshape(-1).view(torch.uint8), stored.at + first * stored.dtype.itemsize, name)
         return result
@@ -102,15 +108,12 @@ class SafetensorsFile:
         os.posix_fadvise(self._descriptor, stored.at, stored.nbytes, os.POSIX_FADV_WILLNEED)
 
     def _fill(self, target: Tensor, at: int, name: str) -> None:
-        view = as_bytes(target)
-        while view:
-            try:
-                count = os.preadv(self._descriptor, [view[: 1 << 30]], at)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: {name} cannot be read ({error.strerror})") from error
-            if not count:
-                raise CheckpointError(f"{self.path}: ends within {name}; fetch the file again")
-            view, at = view[count:], at + count
+        try:
+            read_into(self._descriptor, as_bytes(target), at)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {name} cannot be read ({error.strerror})") from error
+        except EOFError:
+            raise CheckpointError(f"{self.path}: ends within {name}; fetch the file again") from None
 
     def _read_header(self) -> dict[str, Stored]:
         size = os.fstat(self._descriptor).st_size
@@ -182,67 +185,47 @@ class WrittenFile:
 class SafetensorsWriter:
     """Writes one file, tensor after tensor, in the order of `layout`: name -> (dtype, shape).
 
-    In memory are a few blocks, whatever the size of the tensors. Refusals of the disk are OSErrors. Used as a context:
-    leaving it with an error closes the file as it is.
+    Bytes go out in the background. Refusals of the disk are OSErrors. Used as a context: leaving it with an error
+    closes the file as it is.
     """
 
-    def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], blocks: Blocks) -> None:
+    def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         self._layout = dict(layout)
         self._left = list(layout)
-        self._blocks = blocks
-        self._hash = xxhash.xxh3_128()
         self._digests: dict[str, str] = {}
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._file: HashedFile | None = HashedFile(path)
         self._background = Background()
-        header = _header(self._layout)
-        self._size = len(header)
-        self._put(header, None)
+        self._file.write(_header(self._layout))
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor) -> "Future[Any]":
         """Appends the tensor whose turn it is; in any memory order, rounded to the dtype it has in the layout.
 
-        The tensor must stay as it is until `finish_tensor`, or the next `write`, returns.
+        Returns at once; the tensor must stay as it is until what is returned, and so all before it, is done.
         """
         dtype, shape = self._layout[name]
         if not self._left or name != self._left[0] or tuple(tensor.shape) != shape:
             raise ValueError(f"{name} of shape {tuple(tensor.shape)} is not what comes next in the file")
-        self.finish_tensor()
-        digest = xxhash.xxh3_128()
-        for block in self._blocks.of(tensor, dtype):
-            self._background.submit(self._put, as_bytes(block), digest)
-            self._size += len(block)
         self._left.pop(0)
-        self._background.submit(self._note, name, digest)
-
-    def finish_tensor(self) -> None:
-        """Returns when all that was given to `write` has gone to the kernel."""
-        self._background.wait()
+        return self._background.submit(self._put, name, contiguous(tensor, dtype))
 
     def close(self) -> WrittenFile:
         """Forces the file to the disk."""
-        self.finish_tensor()
+        self._background.wait()
         if self._left:
             raise ValueError(f"{self._left[0]} was not written")
-        os.fsync(self._descriptor)
-        self._end()
-        return WrittenFile(self._size, self._hash.hexdigest(), self._digests)
+        assert self._file is not None
+        file, self._file = self._file, None
+        file.close()
+        return WrittenFile(file.tell(), file.digest(), self._digests)
 
-    def _put(self, view: memoryview | bytes, digest: Any) -> None:
-        self._hash.update(view)
-        if digest is not None:
-            digest.update(view)
-        view = memoryview(view)
-        while view:
-            view = view[os.write(self._descriptor, view) :]
-
-    def _note(self, name: str, digest: Any) -> None:
+    def _put(self, name: str, tensor: Tensor) -> None:
+        assert self._file is not None
+        digest, view = xxhash.xxh3_128(), as_bytes(tensor)
+        for start in range(0, len(view), BLOCK_BYTES):
+            block = view[start : start + BLOCK_BYTES]  # still in the processor's cache when it is hashed again
+            digest.update(block)
+            self._file.write(block)
         self._digests[name] = digest.hexdigest()
-
-    def _end(self) -> None:
-        if self._descriptor >= 0:
-            self._background.abandon()
-            os.close(self._descriptor)
-            self._descriptor = -1
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
@@ -250,7 +233,9 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end()
+        self._background.abandon()
+        if self._file is not None:
+            self._file.abandon()
 
 
 def _header(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:

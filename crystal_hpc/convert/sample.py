@@ -2,11 +2,15 @@
 
 Loading is shared with `verify`. It asks Transformers for the model class in the very folder named: AutoModelForCausalLM
 remembers the first class it saw for a configuration, and would run that one on the next export of the same process.
-(The copies of model code that Transformers keeps on disk are safe: their names carry a digest of the code.)
+The copies of model code that Transformers imports go into a folder of this process: in the home folder, where they
+would stay, tasks on other nodes may be writing the same ones, and some homes cannot be written.
 """
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ def load(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     """
     if not (folder / MARKER).is_file():
         raise CheckpointError(f"{folder}: is no exported model (it has no {MARKER}); export a checkpoint first")
+    os.environ.setdefault("HF_MODULES_CACHE", _modules().name)  # read when transformers is imported
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     with _loading(folder):
@@ -56,6 +61,12 @@ def load_as(folder: Path, architecture: str, dtype: torch.dtype | str = torch.fl
         return kind.from_pretrained(str(folder), local_files_only=True, dtype=dtype).eval()
 
 
+@cache
+def _modules() -> tempfile.TemporaryDirectory[str]:
+    """Is removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="crystal-modules-")
+
+
 @contextlib.contextmanager
 def _loading(folder: Path) -> Iterator[None]:
     """Keeps Transformers quiet, and puts its complaints into one line."""
@@ -79,12 +90,14 @@ def generate(folder: Path, prompt: str, tokens: int, temperature: float = 0.8, s
     """At most `tokens` tokens of text that follow `prompt`, as the model would begin a document with it.
 
     Temperature 0 takes the likeliest token each time. The same seed gives the same text on the same machine. Raises
-    CheckpointError where the folder is no export, or the text would be longer than what the model was trained on;
-    StoreError where it has no tokenizer.
+    CheckpointError where the folder is no export, the text would be longer than what the model was trained on, or have
+    no tokens; StoreError where it has no tokenizer.
     """
     model, tokenizer = load(folder), Tokenizer.load(folder)
     start = [tokenizer.bos, *tokenizer.encode(prompt)]
-    longest = model.config.n_positions
+    longest = model.config.max_position_embeddings
+    if tokens < 1:
+        raise CheckpointError(f"{tokens} tokens of text make no text; ask for one at least")
     if len(start) + tokens > longest:
         raise CheckpointError(
             f"a prompt of {len(start)} tokens and {tokens} more are too long: the model was trained on {longest}"

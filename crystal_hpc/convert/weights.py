@@ -22,7 +22,7 @@ from torch import Tensor
 from crystal_hpc import files
 from crystal_hpc.config.schema import Run
 from crystal_hpc.convert import formats, names
-from crystal_hpc.convert.blocks import Blocks, Norm, as_bytes, one_thread
+from crystal_hpc.convert.blocks import Arena, Arenas, Background, Norm, one_thread
 from crystal_hpc.convert.digests import DigestCheck
 from crystal_hpc.convert.hf_folder import CONFIG, MARKER, SAFETENSORS, dump_index
 from crystal_hpc.convert.reader import CheckpointReader
@@ -31,6 +31,7 @@ from crystal_hpc.convert.safetensors_io import SafetensorsWriter
 from crystal_hpc.data.catalog import TOKENIZER_FILE
 from crystal_hpc.data.tokenizer import Tokenizer
 from crystal_hpc.errors import CheckpointError
+from crystal_hpc.train.archive import as_bytes
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MODEL_CODE = Path(__file__).parent / "hf"
@@ -157,7 +158,8 @@ class _Stream:
         self._shards = self._plan(entries, shard_bytes)
         self._total = sum(map(self._nbytes, entries))
         self._meter = Meter("writing weights", self._total, on_progress)
-        self._blocks = Blocks()
+        self._source = Arena()
+        self._targets = Arenas()
 
     def write(self, work: Work, checker: DigestCheck | None) -> dict[str, Any]:
         """Writes what is not finished yet, and the index; returns the summary's numbers."""
@@ -182,14 +184,18 @@ class _Stream:
 
     def _write_file(self, name: str, shard: list[names.Entry], work: Work, checker: DigestCheck | None) -> None:
         layout = {part: (self._dtype, self._sizes[part]) for entry in shard for part in entry.published}
-        sources = {}
+        sources: dict[str, Any] = {}
         path = work.folder / name
-        with files.disk_errors(path), SafetensorsWriter(path, layout, self._blocks) as writer:
+        with files.disk_errors(path), SafetensorsWriter(path, layout) as writer, Background() as notes:
             for entry in shard:
                 tensor = self._read(entry.megatron)
-                sources[entry.megatron] = self._note(entry.megatron, tensor)
-                for published, part in names.split(entry, self._shape, tensor):
-                    writer.write(published, part)
+                notes.submit(self._note, entry.megatron, tensor, sources)
+                arena = self._targets.next(self._nbytes(entry))
+                parts = arena.tensors([(self._sizes[part], self._dtype) for part in entry.published])
+                names.split(entry, self._shape, tensor, parts)
+                for published, part in zip(entry.published, parts, strict=True):
+                    arena.keep_for(writer.write(published, part))
+                notes.wait()  # the next tensor takes the place of this one
                 self._meter.add(self._nbytes(entry))
                 if checker:
                     checker.advance(self._meter.share)
@@ -198,11 +204,12 @@ class _Stream:
 
     def _read(self, megatron: str) -> Tensor:
         """A tensor without the rows of a padded vocabulary, which differ from one layout to the next."""
-        tensor = self._reader.read(megatron)
+        (tensor,) = self._source.tensors([(self._reader.shape(megatron), self._reader.dtype(megatron))])
+        self._reader.read(megatron, tensor)
         return tensor[: self._shape.model.vocab_size] if megatron in names.VOCABULARY else tensor
 
-    def _note(self, megatron: str, tensor: Tensor) -> dict[str, Any]:
-        """What came in. Raises CheckpointError where it is not what was saved, by its norm."""
+    def _note(self, megatron: str, tensor: Tensor, sources: dict[str, Any]) -> None:
+        """Takes down what came in. Raises CheckpointError where it is not what was saved, by its norm."""
         norm = Norm().add(tensor).value
         saved = self._reader.manifest.tensors.get(megatron)
         same = saved is not None and saved.shape == tuple(tensor.shape)  # else the vocabulary was padded
@@ -212,7 +219,7 @@ class _Stream:
                 "use another checkpoint"
             )
         digest = xxhash.xxh3_128_hexdigest(as_bytes(tensor))
-        return {"dtype": str(tensor.dtype).removeprefix("torch."), "norm": norm, "xxh3": digest}
+        sources[megatron] = {"dtype": str(tensor.dtype).removeprefix("torch."), "norm": norm, "xxh3": digest}
 
     def _nbytes(self, entry: names.Entry) -> int:
         return sum(math.prod(self._sizes[name]) for name in entry.published) * self._dtype.itemsize

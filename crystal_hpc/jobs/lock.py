@@ -6,7 +6,6 @@ Slurm's. A process that lives on after Slurm has given its node up does not hind
 counts, and the lock is taken from it (it notices before it writes, `task.Superseded`).
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -23,7 +22,6 @@ from crystal_hpc.log import log
 
 LOCK = ".lock"
 PATIENCE = 30.0  # seconds; the job before may still be on its way out (CRYSTAL_LOCK_PATIENCE changes it)
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunIsTaken(RunError):
@@ -73,7 +71,7 @@ def _locked(file: IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in files.NO_LOCKS:
             raise
         log.warning("this file system has no locks: only the journal and Slurm keep two jobs from one run")
     return True

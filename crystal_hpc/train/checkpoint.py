@@ -236,6 +236,9 @@ class Saver:
         except DiskError as error:
             return str(error)
         free = shutil.disk_usage(pending).free
+        if free < total + MARGIN:
+            self.close()  # what goes to make room may just not be gone yet
+            free = shutil.disk_usage(pending).free
         if free >= total + MARGIN:
             return None
         files.remove_folder(pending)

@@ -12,7 +12,6 @@ ourselves because `.metadata` is a pickle: here it may name the few classes that
 
 import contextlib
 import math
-import os
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -36,10 +34,10 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from crystal_hpc import files
 from crystal_hpc.errors import CheckpointError
+from crystal_hpc.train import archive
 
 METADATA = ".metadata"
 LARGEST_CHUNK = 64 << 20  # bytes; a reader has to load a chunk whole, however little of it it needs
-EARLY = 8 << 20  # bytes after which the disk is given work
 FOR_MEGATRON = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 
 # What a damaged pickle or archive may come to.
@@ -117,7 +115,7 @@ class FileWriter:
 
     def __init__(self, path: Path) -> None:
         self._name = path.name
-        self._stream = _HashedFile(path)
+        self._stream = files.HashedFile(path)
         self._placed: list[Placed] = []
 
     def add(self, chunk: Chunk) -> None:
@@ -157,58 +155,6 @@ def _without_crc32() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
-
-
-class _HashedFile:
-    """As much of a file as torch.save wants. Small pieces are gathered, large ones go straight to the kernel."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._hash = xxhash.xxh3_128()
-        self._small = bytearray()
-        self._size = self._written = self._started = 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._size += len(view)
-        if len(view) < 1 << 16:
-            self._small += view
-            if len(self._small) >= 1 << 20:
-                self.flush()
-        else:
-            self.flush()
-            self._put(view)
-        return len(view)
-
-    def tell(self) -> int:
-        return self._size
-
-    def flush(self) -> None:
-        small, self._small = self._small, bytearray()
-        self._put(memoryview(small))
-
-    def _put(self, view: memoryview) -> None:
-        self._hash.update(view)
-        self._written += len(view)
-        while view:
-            view = view[os.write(self._descriptor, view) :]
-        if self._written - self._started >= EARLY:
-            # Asked to drop what is not on the disk yet, the kernel begins to write it; else most waits for the fsync.
-            length = self._written - self._started
-            os.posix_fadvise(self._descriptor, self._started, length, os.POSIX_FADV_DONTNEED)
-            self._started = self._written
-
-    def close(self) -> None:
-        self.flush()
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
-
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # a network file system may refuse bytes as late as in the first close
-            os.close(self._descriptor)
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
 
 
 def _pieces(tensor: Tensor) -> Iterator[tuple[Index, Tensor]]:
@@ -317,16 +263,34 @@ class Reader:
 
     def _fill(self, file: Any, index: MetadataIndex, wanted: list[tuple[ChunkStorageMetadata, Request]]) -> None:
         place = self._places[index]
-        # Straight from the file; a pickle may be among the bytes, and `weights_only` lets it name tensors alone.
         view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
-        stored = torch.load(view, weights_only=True)
+        found = archive.find_numbers(view, tuple(wanted[0][0].sizes))
+        stored = None
         for chunk, request in wanted:
             begin, sizes = _common(chunk.offsets, chunk.sizes, request.offset, request.target.shape)
-            source, target = stored, request.target
-            for axis, (at, size) in enumerate(zip(begin, sizes, strict=True)):
-                source = source.narrow(axis, at - chunk.offsets[axis], size)
-                target = target.narrow(axis, at - request.offset[axis], size)
-            target.copy_(source)
+            target = _cut(request.target, begin, sizes, request.offset)
+            if found is not None and _can_be_filled(target, found.dtype):
+                box = _cut(torch.empty(chunk.sizes, dtype=found.dtype, device="meta"), begin, sizes, chunk.offsets)
+                if box.is_contiguous():
+                    at = place.offset + found.at + int(box.storage_offset()) * box.itemsize
+                    files.read_into(file.fileno(), archive.as_bytes(target), at)
+                    continue
+            if stored is None:
+                # A pickle may be among the bytes, and `weights_only` lets it name tensors alone.
+                view.seek(0)
+                stored = torch.load(view, weights_only=True)
+            target.copy_(_cut(stored, begin, sizes, chunk.offsets))
+
+
+def _cut(tensor: Tensor, begin: Sequence[int], sizes: Sequence[int], offset: Sequence[int]) -> Tensor:
+    """A box of the whole tensor, out of one that itself begins at `offset`."""
+    for axis, (at, size) in enumerate(zip(begin, sizes, strict=True)):
+        tensor = tensor.narrow(axis, at - offset[axis], size)
+    return tensor
+
+
+def _can_be_filled(target: Tensor, dtype: torch.dtype) -> bool:
+    return target.is_contiguous() and target.dtype == dtype and target.device.type == "cpu"
 
 
 def _common(

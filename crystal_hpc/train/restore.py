@@ -5,6 +5,7 @@ damaged, or is not of this run, is moved to `quarantine/` with the reason, and t
 has lost all its generations does not quietly begin again. Nothing in a folder is executed (`distcp`).
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,12 @@ from crystal_hpc.train.state import Position
 from crystal_hpc.train.step import Trainer
 
 Progress = Callable[[str, int, int], None]
+
+_NOT_DAMAGE = {
+    "another config": "use a run folder of its own, or the config of that run",
+    "this version reads": "go on with the version of crystal_hpc that wrote it",
+}
+"""What may be said of a manifest without anything being wrong with it, and what would be right then."""
 
 
 class _Damaged(Exception):
@@ -103,9 +110,10 @@ def load_weights(model: torch.nn.Module, folder: Path, comm: Comm) -> None:
 def _newest(run_folder: Path, run: Run) -> Generation | None:
     """The newest generation by its manifest; what is none is moved away. Rank 0 alone asks."""
     found, bad = generations.generations(run_folder, run), generations.damaged(run_folder, run)
-    if bad and not found and all("another config" in reason for _, reason in bad):
-        # Not the checkpoints but the config is what changed: moving all of them away would help nobody.
-        raise CheckpointError(f"{bad[-1][0]}: {bad[-1][1]}; use a run folder of its own, or the config of that run")
+    for changed, help_ in _NOT_DAMAGE.items():
+        if bad and not found and all(changed in reason for _, reason in bad):
+            # Not the checkpoints are what changed: moving all of them away would help nobody.
+            raise CheckpointError(f"{bad[-1][0]}: {bad[-1][1]}; {help_}")
     for folder, reason in bad:
         moved = generations.quarantine(run_folder, folder, reason)
         log.warning("%s: %s; moved to %s", folder, reason, moved)
@@ -187,7 +195,7 @@ def _read(comm: Comm, folder: Path, parts: list[Part], instead: dict[str, str], 
     """Fills the parts from a folder. A key that is not there is looked for under another prefix (`instead`).
 
     Raises _Damaged, on all ranks, where the folder does not have what this model wants; with `complete`, also where it
-    has more.
+    has more. Raises CheckpointError where the machine could not read it.
     """
 
     def read() -> list[str]:
@@ -205,6 +213,10 @@ def _read(comm: Comm, folder: Path, parts: list[Part], instead: dict[str, str], 
             if not problems:
                 reader.read(requests)
         except CheckpointError as error:
+            if _is_of_the_machine(error.__cause__):
+                raise CheckpointError(
+                    f"{error}; this says nothing of its content: see to the storage and the memory, and try again"
+                ) from error
             return [str(error).removeprefix(f"{folder}: ")]
         if complete and not problems:
             keys.update(reader.tensors)
@@ -218,6 +230,13 @@ def _read(comm: Comm, folder: Path, parts: list[Part], instead: dict[str, str], 
         wanted = {key for held in comm.gather({part.key for part in parts}) for key in held}
         if left_over := sorted(keys - wanted):
             raise _Damaged(f"holds {left_over[0]}, for which this model has no place")
+
+
+def _is_of_the_machine(cause: BaseException | None) -> bool:
+    """Whether reading failed for want of memory, or by a sick disk or server: no reason to give a generation up."""
+    if isinstance(cause, OSError):
+        return not isinstance(cause, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+    return isinstance(cause, RuntimeError) and bool(re.search("allocate memory|out of memory", str(cause)))
 
 
 def _key_in(reader: Reader, key: str, instead: dict[str, str]) -> str | None:

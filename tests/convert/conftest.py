@@ -13,7 +13,8 @@ from tokenizers import models, pre_tokenizers
 from trained_runs import REPOSITORY, RUN, Trained
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")  # read when transformers is imported
+MODULES = tempfile.TemporaryDirectory(prefix="hf-modules-")  # removed at the end
+os.environ["HF_MODULES_CACHE"] = MODULES.name  # read when transformers is imported
 
 
 @pytest.fixture(scope="session")

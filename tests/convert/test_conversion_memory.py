@@ -13,7 +13,6 @@ from trained_runs import REPOSITORY
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Model
 from crystal_hpc.convert import from_hf, memory, weights
-from crystal_hpc.convert.blocks import Blocks
 from crystal_hpc.convert.names import Shape, published_sizes, size
 from crystal_hpc.convert.safetensors_io import SafetensorsWriter
 from crystal_hpc.convert.shapes import as_run
@@ -59,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = weights.FORMAT.published_config(as_run(shape, 64, "fp32"))
     (folder / "hf" / "config.json").write_text(json.dumps(config))
     noise = torch.randn(LARGEST // 4, generator=torch.Generator().manual_seed(2))
-    with SafetensorsWriter(folder / "hf" / "model.safetensors", layout, Blocks()) as writer:
+    with SafetensorsWriter(folder / "hf" / "model.safetensors", layout) as writer:
         for name, (_, sizes) in layout.items():
             writer.write(name, noise[: torch.Size(sizes).numel()].view(sizes))
         writer.close()
@@ -100,3 +99,26 @@ def test_logits_that_would_not_fit_are_refused_before_the_work_begins(monkeypatc
     monkeypatch.setattr(memory, "address_space", lambda: 1 << 30)
     with pytest.raises(CheckpointError, match=r"GB of address space \(ulimit -v\), and 1\.1 GB are free"):
         memory.check_room_for_logits(MODEL)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_job_counts_and_the_cache_of_files_does_not(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, line = (tmp_path / "memory", "4:cpu,memory:") if version == 1 else (tmp_path, "0::")
+    limit, used = [("limit_in_bytes", "usage_in_bytes"), ("max", "current")][version - 1]
+    total = "total_" if version == 1 else ""
+    job = root / "slurm" / "job_7"
+    step = job / "step_0"
+    step.mkdir(parents=True)
+    unlimited = "9223372036854771712" if version == 1 else "max"
+    for folder, most, now, cache in ((job, str(100 << 20), 90 << 20, 50 << 20), (step, unlimited, 80 << 20, 0)):
+        (folder / f"memory.{limit}").write_text(f"{most}\n")
+        (folder / f"memory.{used}").write_text(f"{now}\n")
+        (folder / "memory.stat").write_text(f"anon 7\n{total}inactive_file {cache - 1}\n{total}active_file 1\n")
+    (tmp_path / "own").write_text(f"9:name=systemd:/\n{line}/slurm/job_7/step_0\n")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "own")
+    assert memory.available() == 60 << 20
+    (tmp_path / "own").write_text(f"{line}/seen/from/outside/a/container\n")
+    assert (memory.available() or 0) > 60 << 20, "of the machine"

@@ -76,6 +76,16 @@ def test_an_export_of_other_options_is_not_what_was_asked_for(run_folder: Path) 
     assert export(run_folder, "--skip-done", "--dtype", "bfloat16", "--overwrite").exit_code == 0
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"files": {"model.safetensors": 3}}'])
+def test_an_export_that_is_damaged_is_not_what_was_asked_for(run_folder: Path, content: str) -> None:
+    assert export(run_folder).exit_code == 0
+    (run_folder / "exports" / "words-00000005" / "export.json").write_text(content)
+    assert "holds an export already" in (failed(export(run_folder, "--skip-done")))
+    assert export(run_folder, "--skip-done", "--overwrite").exit_code == 0
+    (run_folder / "exports" / "words-00000005" / "model.safetensors").unlink()
+    assert "holds an export already" in (failed(export(run_folder, "--skip-done")))
+
+
 def test_a_checkpoint_that_is_damaged_does_not_stop_the_others(run_folder: Path) -> None:
     path = run_folder / "checkpoints" / "words" / "step_00000004" / "__0_0.distcp"
     content = bytearray(path.read_bytes())

@@ -343,7 +343,7 @@ def test_the_two_ends_of_a_tied_table_must_agree_but_for_their_factors() -> None
 def test_a_number_that_a_factor_would_change_is_refused_by_its_tensors_name(
     tensor: str, number: float, mup: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folding, "CHECKED_AT_ONCE", 2)  # rows in turn
+    monkeypatch.setattr(names, "AT_ONCE", 2)  # rows in turn
     shape = shape_of(LLAMA_LIKE, mup, tied_embeddings=False, rotary_interleaved=False)
     tensors = megatron_tensors(shape.model)
     tensors[tensor][1, 2] = number

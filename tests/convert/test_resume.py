@@ -1,5 +1,6 @@
 """Conversions that are killed go on where they were, and keep nothing that is not proven to be of the same kind."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dying import killed_at
 from trained_runs import REPOSITORY, Trained
 
 from crystal_hpc import files
 from crystal_hpc.convert import from_hf, weights
-from crystal_hpc.convert.resume import PROGRESS, working
+from crystal_hpc.convert.export import Options, export_checkpoint
+from crystal_hpc.convert.resume import PROGRESS, settle, working
 from crystal_hpc.errors import CheckpointError, DiskError, RunError
 
 SHARD = 20_000
@@ -206,3 +209,89 @@ def test_notes_of_nonsense_are_no_notes(tmp_path: Path) -> None:
             (work.folder / "export.json").write_text("{}")
         assert (tmp_path / "out" / "export.json").exists()
         pending.mkdir()
+
+
+def put(out: Path, text: str, overwrite: bool = True) -> None:
+    """A conversion of two files and a marker, all of them saying `text`."""
+    with working(out, {"text": text}, "export.json", overwrite) as work:
+        for name in ("one", "two"):
+            if name not in work.finished:
+                (work.folder / name).write_text(text)
+                work.note(name, len(text), files.digest_file(work.folder / name))
+        files.write_file(work.folder / "export.json", text)
+
+
+def seen(out: Path) -> str:
+    """What a whole conversion says, and `nothing` where there is none; fails for half of one."""
+    if not out.exists():
+        return "nothing"
+    (text,) = {(out / name).read_text() for name in ("one", "two", "export.json")}
+    assert len(list(out.iterdir())) == 3
+    return text
+
+
+@pytest.mark.parametrize("before", ["nothing", "old"])
+@pytest.mark.parametrize("then", ["starts", "overwrites", "asks whether it is done"])
+def test_a_replacement_killed_at_any_step_is_ended_by_the_next_start(before: str, then: str, tmp_path: Path) -> None:
+    out, left, moment = tmp_path / "out", [], 1
+    if before == "old":
+        put(out, "old")
+    while killed_at(moment, lambda: put(out, "new")):
+        left.append(seen(out))
+        if then == "overwrites":
+            put(out, "new")
+        elif then == "asks whether it is done":
+            settle(out, "export.json")
+        else:
+            with contextlib.suppress(CheckpointError):  # holds an export already
+                put(out, "new", overwrite=False)
+        after = seen(out)
+        if before == "old" and left[-1] != "old":
+            assert after == "new"
+        elif then != "asks whether it is done":
+            assert after == ("old" if (before, then) == ("old", "starts") else "new")
+        else:
+            assert after in (before, "new")
+        beside = {path.name for path in tmp_path.iterdir()} - {"out"}
+        assert not beside if after == "new" else beside <= {"out.pending"}
+        files.remove_folder(out)  # and all as it was before
+        files.remove_folder(tmp_path / "out.pending")
+        if before == "old":
+            put(out, "old")
+        moment += 1
+    assert seen(out) == "new" and set(left) == {before, "nothing", "new"}
+
+
+def test_an_older_folder_is_put_back_where_the_newer_one_is_gone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    put(out, "old")
+    out.rename(tmp_path / "out.old.pending")
+    settle(out, "export.json")
+    assert seen(out) == "old"
+    (tmp_path / "out.old.pending").mkdir()  # what a kill in the middle of its deletion leaves
+    files.remove_folder(out)
+    settle(out, "export.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_killed_between_the_two_renames_was_exported_already(
+    trained: Trained, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    checkpoint, run, out = trained.checkpoint("plain"), trained.run(), tmp_path / "out"
+    export_checkpoint(checkpoint, run, tokenizer_folder, out, Options(verify="none", dtype="bfloat16"))
+
+    def replace() -> None:
+        rename = os.rename
+
+        def deadly(source: Any, target: Any, **more: Any) -> None:
+            if str(target) == str(out):
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target, **more)
+
+        os.rename = deadly  # type: ignore[assignment]
+        export_checkpoint(checkpoint, run, tokenizer_folder, out, Options(verify="none", overwrite=True))
+
+    assert killed_at(0, replace) and not out.exists()
+    said = export_checkpoint(checkpoint, run, tokenizer_folder, out, Options(verify="none", skip_done=True))
+    assert said == f"{out}: was exported already"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

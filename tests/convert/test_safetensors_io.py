@@ -10,7 +10,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from crystal_hpc.convert.blocks import Blocks, Norm, contiguous
+from crystal_hpc.convert.blocks import Arena, Norm, contiguous, copy
 from crystal_hpc.convert.safetensors_io import DTYPES, SafetensorsFile, SafetensorsWriter, WrittenFile
 from crystal_hpc.errors import CheckpointError
 
@@ -20,9 +20,9 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (100 * torch.randn(shape, generator=generator)).to(dtype)
 
 
-def write(path: Path, tensors: dict[str, Tensor], blocks: Blocks | None = None) -> WrittenFile:
+def write(path: Path, tensors: dict[str, Tensor]) -> WrittenFile:
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with SafetensorsWriter(path, layout, blocks or Blocks()) as writer:
+    with SafetensorsWriter(path, layout) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
         return writer.close()
@@ -40,16 +40,14 @@ def test_the_library_reads_what_we_write_in_every_dtype_and_memory_order(tmp_pat
         "empty": torch.empty(0, 3),
         "ü/山": numbers(2),
     }
-    for size in (64, 4096, 8 << 20):
-        written = write(tmp_path / "a.safetensors", tensors, Blocks(size))
-        read = load_file(tmp_path / "a.safetensors")
-        assert list(read) and read.keys() == tensors.keys()
-        assert all(
-            torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items()
-        )
-        content = (tmp_path / "a.safetensors").read_bytes()
-        assert (written.bytes, written.digest) == (len(content), xxhash.xxh3_128_hexdigest(content))
-        assert written.tensors["permuted"] == xxhash.xxh3_128_hexdigest(tensors["permuted"].contiguous().numpy())
+    tensors["longer than a block"] = numbers(3, 1 << 20)
+    written = write(tmp_path / "a.safetensors", tensors)
+    read = load_file(tmp_path / "a.safetensors")
+    assert list(read) and read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    content = (tmp_path / "a.safetensors").read_bytes()
+    assert (written.bytes, written.digest) == (len(content), xxhash.xxh3_128_hexdigest(content))
+    assert written.tensors["permuted"] == xxhash.xxh3_128_hexdigest(tensors["permuted"].contiguous().numpy())
 
 
 def test_we_read_what_the_library_writes_whole_and_by_rows(tmp_path: Path) -> None:
@@ -70,7 +68,7 @@ def test_we_read_what_the_library_writes_whole_and_by_rows(tmp_path: Path) -> No
 def test_numbers_are_rounded_to_the_dtype_of_the_layout(tmp_path: Path) -> None:
     exact = numbers(33, 65).T
     layout = {"a": (torch.bfloat16, (65, 33)), "b": (torch.bfloat16, (33, 65))}
-    with SafetensorsWriter(tmp_path / "a.safetensors", layout, Blocks(1024)) as writer:
+    with SafetensorsWriter(tmp_path / "a.safetensors", layout) as writer:
         writer.write("a", exact)
         writer.write("b", exact.T)
         writer.close()
@@ -80,7 +78,7 @@ def test_numbers_are_rounded_to_the_dtype_of_the_layout(tmp_path: Path) -> None:
 
 def test_a_tensor_out_of_turn_or_left_out_is_a_fault_of_the_caller(tmp_path: Path) -> None:
     layout = {name: (torch.float32, (2,)) for name in "ab"}
-    with SafetensorsWriter(tmp_path / "a", layout, Blocks()) as writer:
+    with SafetensorsWriter(tmp_path / "a", layout) as writer:
         with pytest.raises(ValueError, match="b of shape .* is not what comes next"):
             writer.write("b", torch.ones(2))
         with pytest.raises(ValueError, match="a of shape"):
@@ -160,5 +158,33 @@ def test_a_tensor_in_row_major_order_is_not_copied() -> None:
     assert contiguous(tensor) is tensor
     assert torch.equal(contiguous(tensor.T), tensor.T) and contiguous(tensor.T).is_contiguous()
     assert torch.equal(contiguous(tensor.T, torch.bfloat16), tensor.T.bfloat16())
-    blocks = list(Blocks(1024).of(tensor))
-    assert [block.data_ptr() - tensor.data_ptr() for block in blocks] == [0, 1024, 2048]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_is_the_same_whichever_side_is_transposed(dtype: torch.dtype) -> None:
+    source, wide = numbers(3, 600, 700), numbers(600, 2100)
+    for target, taken in (
+        (torch.zeros(600, 700, dtype=dtype), source[0]),
+        (torch.zeros(700, 600, dtype=dtype), source[0].T),
+        (torch.zeros(700, 600, dtype=dtype).T, source[1]),
+        (torch.zeros(700, 600, dtype=dtype).T, source[1].T.contiguous().T),
+        (torch.zeros(3, 700, 600, dtype=dtype), source.transpose(1, 2)),
+        (torch.zeros(3, 700, 600, dtype=dtype), wide.T.view(3, 700, 600)),
+        (torch.zeros(600, 2100, dtype=dtype).T.view(3, 700, 600), source.transpose(1, 2)),
+    ):
+        copy(target, taken)
+        assert torch.equal(target, taken.to(dtype))
+
+
+def test_an_arena_gives_whole_tensors_of_every_kind_from_the_same_memory() -> None:
+    arena = Arena()
+    wanted = [((3, 5), torch.bfloat16), ((), torch.float64), ((0, 7), torch.int8), ((4,), torch.float32)]
+    tensors = arena.tensors(wanted)
+    assert [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] == wanted
+    for value, tensor in enumerate(tensors):
+        tensor.fill_(value)
+    assert all((tensor == value).all() for value, tensor in enumerate(tensors))
+    (again,) = arena.tensors(wanted[:1])
+    assert again.data_ptr() == tensors[0].data_ptr()
+    (larger,) = arena.tensors([((1000,), torch.float32)])
+    assert larger.fill_(1).sum() == 1000

@@ -198,20 +198,12 @@ def test_helpers_on_other_cores_take_part(
 
 
 # Counts every system call by which the disk changes, and dies at one of them.
-DYING = """
-moment, count = int(os.environ["MOMENT"]), 0
-def deadly(real):
-    def call(*arguments, **more):
-        global count
-        count += 1
-        if count == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **more)
-    return call
-for name in ("replace", "pwrite", "fsync", "mkdir", "unlink", "rmdir"):
-    setattr(os, name, deadly(getattr(os, name)))
+DYING = f"""
+sys.path.append({str(REPOSITORY / "tests")!r})
+from dying import die_at
+count = die_at(int(os.environ["MOMENT"]))
 build()
-print(count)
+print(count())
 """
 
 

@@ -294,14 +294,14 @@ def test_an_export_that_was_requeued_leaves_alone_what_it_had_written(desk: Desk
 
 
 def test_the_tasks_of_an_array_share_the_checkpoints(desk: Desk) -> None:
-    desk.environ = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7"}
+    desk.environ = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MAX": "7"}
     _, (export,), _ = desk.run("convert.sbatch", str(desk.runs), "--phase", "code")
     assert export.words[2:] == ["export", str(desk.runs), "--phase", "code", "--share", "3/8"]
     desk.environ |= {"SLURM_RESTART_COUNT": "1"}
     assert desk.run("convert.sbatch", str(desk.runs))[1][0].words[2:] == ["export", str(desk.runs), "--share", "3/8"]
-    desk.environ |= {"SLURM_ARRAY_TASK_MIN": "1"}
+    desk.environ |= {"SLURM_ARRAY_TASK_COUNT": "7"}
     code, calls, said = desk.run("convert.sbatch", str(desk.runs))
-    assert (code, calls) == (2, []) and "the array must begin at 0" in said
+    assert (code, calls) == (2, []) and "the array must count from 0 without gaps" in said
 
 
 # --- Where they look.

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crystal_hpc.train import checkpoint, generations, writing
+import torch
+
+from crystal_hpc.train import checkpoint, distcp, generations, writing
 from crystal_hpc.train.preemption import Stop
 
 
@@ -20,6 +22,23 @@ def only_one_rank_sees_damage(job: Any, victim: int) -> None:
 
     if job.layout.comm.rank == victim:
         generations.find_damage = find
+
+
+def without_memory(_job: Any) -> None:
+    """There is none for the tensors of a checkpoint."""
+    torch.load = lambda *_arguments, **_more: torch.empty(1 << 50)
+    distcp.archive.find_numbers = lambda *_arguments: None
+
+
+def without_storage(_job: Any, place: Path) -> None:
+    """A file of a generation that has just been found to be whole can no longer be read."""
+
+    def find(*_arguments: Any) -> list[str]:
+        (place / "__0_0.distcp").unlink()
+        (place / "__0_0.distcp").symlink_to("/proc/self/mem")  # at address 0: a real EIO
+        return []
+
+    generations.find_damage = find
 
 
 def optimizer_does_nothing(job: Any) -> None:

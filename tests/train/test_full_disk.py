@@ -1,6 +1,7 @@
 """A disk that is full: noticed before a save, or in the middle of one. A small file system holds the checkpoints."""
 
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from rig import LOG, SHORT, Ended, generation, run_ranks, short_run, state_saved, steps_saved, train, values
 
 from crystal_hpc.errors import DiskError
-from crystal_hpc.train import checkpoint
+from crystal_hpc.train import checkpoint, retention
 
 ROOM = 1 << 20  # a generation of the short run takes half of it
 
@@ -72,6 +73,26 @@ def test_a_run_that_gets_room_again_ends_bit_equal(
     ended = attempt(folder, filled_for_a_while, disk, forecast)
     assert ended.error is None and steps_saved(folder)[-1] == "prose/step_00000004"
     assert state_saved(generation(folder, 4)) == state_saved(generation(short_run(new_run), 4))
+
+
+def slow_deletions(_job: Any, disk: Path) -> None:
+    real = retention._delete
+
+    def delete(folder: Path) -> bool:
+        time.sleep(0.3)
+        return real(folder)
+
+    retention._delete = delete
+    breaking.fill(disk, leave=1_600_000)
+
+
+def test_a_save_waits_for_the_room_that_deletions_make(folder: Path, disk: Path) -> None:
+    text = (folder / "run.yaml").read_text().replace("keep_last: 9", "keep_last: 1")
+    (folder / "run.yaml").write_text(text)
+    assert attempt(folder, slow_deletions, disk).error is None
+    assert "training goes on without it" not in (folder / LOG).read_text()
+    lines = (folder / "saves.jsonl").read_text().splitlines()
+    assert len(lines) == 4, "none was left out"
 
 
 def preempted_on_a_full_disk(job: Any, disk: Path, forecast: bool) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_generations import changed, killed_at, make_generation
+from dying import killed_at
+from made_generations import changed, make_generation
 
 from crystal_hpc import files
 from crystal_hpc.config.load import load_run
@@ -112,6 +113,7 @@ def edit_manifest(place: Path, **changes: object) -> None:
         (lambda place: (place / "manifest.json").write_text('{"format": 2, "ki'), "manifest.json: damaged"),
         (lambda place: (place / "manifest.json").write_bytes(b""), "manifest.json: damaged"),
         (lambda place: (place / "manifest.json").write_bytes(b"\xff\x00"), "manifest.json: damaged"),
+        (lambda place: (place / "manifest.json").write_text("[" * 100_000), "manifest.json: damaged"),
         (lambda place: edit_manifest(place, format=1), "is of format 1"),
         (lambda place: edit_manifest(place, files=3), "damaged (files"),
         (lambda place: edit_manifest(place, step=4), "lies in the place of another"),

@@ -206,6 +206,27 @@ def test_a_changed_config_is_an_error_and_nothing_is_moved(new_run: Callable[...
     )
 
 
+def test_checkpoints_of_another_version_are_not_moved_away(new_run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = branch(short_run(new_run), tmp_path / "newer", 2)
+    for step in (1, 2):
+        path = generation(folder, step) / "manifest.json"
+        files.write_json(path, files.read_json(path) | {"format": 99})
+    (ended,) = run_ranks(train, 1, folder)
+    assert isinstance(ended.error, CheckpointError) and "go on with the version of crystal_hpc" in str(ended.error)
+    assert len(steps_saved(folder)) == 2 and not (folder / "quarantine").exists()
+
+
+@pytest.mark.parametrize("lack", ["memory", "storage"])
+def test_a_machine_that_cannot_read_costs_a_run_no_checkpoint(
+    new_run: Callable[..., Path], tmp_path: Path, lack: str
+) -> None:
+    folder = branch(short_run(new_run), tmp_path / "sick", 3)
+    how = (breaking.without_memory,) if lack == "memory" else (breaking.without_storage, generation(folder, 3))
+    (ended,) = run_ranks(train, 1, folder, [], *how)
+    assert isinstance(ended.error, CheckpointError) and "this says nothing of its content" in str(ended.error)
+    assert len(steps_saved(folder)) == 3 and not (folder / "quarantine").exists()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_damage_that_one_rank_alone_sees_is_blamed_on_its_node(
     new_run: Callable[..., Path], tmp_path: Path, victim: int

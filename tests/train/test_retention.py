@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from made_generations import EMBEDDING, killed_at, made_manifest, make_generation
+from dying import killed_at
+from made_generations import EMBEDDING, made_manifest, make_generation
 
 from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Run

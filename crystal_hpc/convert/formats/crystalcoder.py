@@ -6,17 +6,16 @@ Three things change on the way from Megatron:
 - Megatron activates the first half of `linear_fc1`; published, `c_fc(x) * silu(c_fc2(x))`: the gate is `c_fc2`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Mup, Run
 from crystal_hpc.convert import names
 from crystal_hpc.convert.formats.fields import Fields
-from crystal_hpc.convert.names import Entry, Format, Parts, Shape, drop_padding, keep, kept
+from crystal_hpc.convert.names import KEEP, Entry, Format, Piece, Rule, Shape, Size
 
 TITLE = "CrystalCoder"
 LIMITS: dict[str, Any] = {
@@ -29,36 +28,30 @@ LIMITS: dict[str, Any] = {
 """Keys of the config's `model` that have only one value in this format."""
 
 
-def _transpose(tensor: Tensor, _shape: Shape) -> Parts:
-    return (tensor.T,)
+def _flipped(tensor: Tensor) -> Tensor:
+    """A matrix as Conv1D has it; a bias as it is."""
+    return tensor.T if tensor.ndim == 2 else tensor
 
 
-def _transposed(parts: Sequence[Tensor], _shape: Shape) -> Tensor:
-    return parts[0].T.contiguous()
+def _qkv_pieces(tensor: Tensor, parts: Sequence[Tensor], shape: Shape) -> Iterator[Piece]:
+    by_head = tensor.view(shape.model.heads, 3, shape.head_width, *tensor.shape[1:])
+    by_kind = _flipped(parts[0]).view(3, shape.model.heads, shape.head_width, *tensor.shape[1:])
+    for kind in range(3):
+        yield Piece(by_head[:, kind], by_kind[kind])
 
 
-def _split_qkv(tensor: Tensor, shape: Shape) -> Parts:
-    """[q_0 k_0 v_0 q_1 ...] to [q_0 q_1 ... k_0 k_1 ... v_0 v_1 ...], along the first axis, then transposed."""
-    by_head = tensor.reshape(shape.model.heads, 3, -1, *tensor.shape[1:])
-    by_kind = by_head.transpose(0, 1).reshape(tensor.shape)
-    return (by_kind.T if tensor.ndim == 2 else by_kind,)
+def _fc1_pieces(tensor: Tensor, parts: Sequence[Tensor], _shape: Shape) -> list[Piece]:
+    (gate, value), (published_value, published_gate) = tensor.chunk(2), map(_flipped, parts)
+    return [Piece(value, published_value), Piece(gate, published_gate)]
 
 
-def _join_qkv(parts: Sequence[Tensor], shape: Shape) -> Tensor:
-    tensor = parts[0].T if parts[0].ndim == 2 else parts[0]
-    by_kind = tensor.reshape(3, shape.model.heads, -1, *tensor.shape[1:])
-    return by_kind.transpose(0, 1).reshape(tensor.shape).contiguous()
+def _halves(size: Size, _shape: Shape) -> list[Size]:
+    return [(*size[1:], size[0] // 2)] * 2
 
 
-def _split_fc1(tensor: Tensor, _shape: Shape) -> Parts:
-    gate, value = tensor.chunk(2, dim=0)
-    return (value.T, gate.T) if tensor.ndim == 2 else (value, gate)
-
-
-def _join_fc1(parts: Sequence[Tensor], _shape: Shape) -> Tensor:
-    value, gate = parts
-    return torch.cat([gate.T, value.T] if value.ndim == 2 else [gate, value])
-
+FLIP = Rule(lambda size, _: [size[::-1]], lambda tensor, parts, _: [Piece(tensor, parts[0].T)])
+QKV = Rule(lambda size, _: [size[::-1]], _qkv_pieces)
+FC1 = Rule(_halves, _fc1_pieces)
 
 _LAYER = "decoder.layers.{n}."
 _QKV, _PROJ = f"{_LAYER}self_attention.linear_qkv.", f"{_LAYER}self_attention.linear_proj."
@@ -66,21 +59,21 @@ _FC1, _FC2 = f"{_LAYER}mlp.linear_fc1.", f"{_LAYER}mlp.linear_fc2."
 _BLOCK = "transformer.h.{n}."
 
 TABLE = (
-    Entry("embedding.word_embeddings.weight", ("transformer.wte.weight",), drop_padding, kept),
-    Entry(f"{_QKV}layer_norm_weight", (f"{_BLOCK}ln_1.weight",), keep, kept),
-    Entry(f"{_QKV}layer_norm_bias", (f"{_BLOCK}ln_1.bias",), keep, kept),
-    Entry(f"{_QKV}weight", (f"{_BLOCK}attn.c_attn.weight",), _split_qkv, _join_qkv),
-    Entry(f"{_QKV}bias", (f"{_BLOCK}attn.c_attn.bias",), _split_qkv, _join_qkv),
-    Entry(f"{_PROJ}weight", (f"{_BLOCK}attn.c_proj.weight",), _transpose, _transposed),
-    Entry(f"{_PROJ}bias", (f"{_BLOCK}attn.c_proj.bias",), keep, kept),
-    Entry(f"{_FC1}layer_norm_weight", (f"{_BLOCK}ln_2.weight",), keep, kept),
-    Entry(f"{_FC1}layer_norm_bias", (f"{_BLOCK}ln_2.bias",), keep, kept),
-    Entry(f"{_FC1}weight", (f"{_BLOCK}mlp.c_fc.weight", f"{_BLOCK}mlp.c_fc2.weight"), _split_fc1, _join_fc1),
-    Entry(f"{_FC1}bias", (f"{_BLOCK}mlp.c_fc.bias", f"{_BLOCK}mlp.c_fc2.bias"), _split_fc1, _join_fc1),
-    Entry(f"{_FC2}weight", (f"{_BLOCK}mlp.c_proj.weight",), _transpose, _transposed),
-    Entry(f"{_FC2}bias", (f"{_BLOCK}mlp.c_proj.bias",), keep, kept),
-    Entry("decoder.final_layernorm.weight", ("transformer.ln_f.weight",), keep, kept),
-    Entry("decoder.final_layernorm.bias", ("transformer.ln_f.bias",), keep, kept),
+    Entry("embedding.word_embeddings.weight", ("transformer.wte.weight",), KEEP),
+    Entry(f"{_QKV}layer_norm_weight", (f"{_BLOCK}ln_1.weight",), KEEP),
+    Entry(f"{_QKV}layer_norm_bias", (f"{_BLOCK}ln_1.bias",), KEEP),
+    Entry(f"{_QKV}weight", (f"{_BLOCK}attn.c_attn.weight",), QKV),
+    Entry(f"{_QKV}bias", (f"{_BLOCK}attn.c_attn.bias",), QKV),
+    Entry(f"{_PROJ}weight", (f"{_BLOCK}attn.c_proj.weight",), FLIP),
+    Entry(f"{_PROJ}bias", (f"{_BLOCK}attn.c_proj.bias",), KEEP),
+    Entry(f"{_FC1}layer_norm_weight", (f"{_BLOCK}ln_2.weight",), KEEP),
+    Entry(f"{_FC1}layer_norm_bias", (f"{_BLOCK}ln_2.bias",), KEEP),
+    Entry(f"{_FC1}weight", (f"{_BLOCK}mlp.c_fc.weight", f"{_BLOCK}mlp.c_fc2.weight"), FC1),
+    Entry(f"{_FC1}bias", (f"{_BLOCK}mlp.c_fc.bias", f"{_BLOCK}mlp.c_fc2.bias"), FC1),
+    Entry(f"{_FC2}weight", (f"{_BLOCK}mlp.c_proj.weight",), FLIP),
+    Entry(f"{_FC2}bias", (f"{_BLOCK}mlp.c_proj.bias",), KEEP),
+    Entry("decoder.final_layernorm.weight", ("transformer.ln_f.weight",), KEEP),
+    Entry("decoder.final_layernorm.bias", ("transformer.ln_f.bias",), KEEP),
 )
 
 

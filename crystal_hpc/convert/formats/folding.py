@@ -1,21 +1,15 @@
 """muP's multipliers inside the weights, for formats whose code knows none: exact where each is a power of two.
 
 Such a factor changes a number's exponent and no bit of its mantissa, so dividing gives the same number back. Not so at
-the ends of a number format, where numbers overflow or lose bits as subnormals: every tensor is therefore scaled back
-and compared. The factors, on the Megatron side, are on the embedded tokens, on the logits (base_hidden / hidden
+the ends of a number format, where numbers overflow or lose bits as subnormals: `names` therefore scales every number
+back and compares. The factors, on the Megatron side, are on the embedded tokens, on the logits (base_hidden / hidden
 included), and on attention scores, where the weights of the query take what 1/d differs from the usual 1/sqrt(d).
 """
 
 import math
 
-import torch
-from torch import Tensor
-
 from crystal_hpc.config import derive
-from crystal_hpc.convert.names import Shape, same_bits
-from crystal_hpc.errors import CheckpointError
-
-CHECKED_AT_ONCE = 2**24  # numbers
+from crystal_hpc.convert.names import Shape
 
 
 def embedding_factor(shape: Shape) -> float:
@@ -54,25 +48,3 @@ def reasons_against(shape: Shape) -> list[str]:
         for said, factor in factors.items()
         if math.frexp(factor)[0] != 0.5
     ]
-
-
-def scale(tensor: Tensor, factor: float) -> Tensor:
-    """The tensor times a power of two. Raises CheckpointError where dividing would not give the same bits back."""
-    if factor == 1.0:
-        return tensor
-    scaled = tensor * factor
-    if not tensor.is_meta and not _scales_back(scaled, 1 / factor, tensor):
-        raise CheckpointError(
-            f"has numbers so small or so large that muP's factor of {factor:g} changes them in {tensor.dtype}; "
-            "the crystalcoder format keeps factors out of the weights"
-        )
-    return scaled
-
-
-def _scales_back(scaled: Tensor, factor: float, tensor: Tensor) -> bool:
-    """Compares some rows at a time: the tensor may be the largest of the model."""
-    rows = 1 + CHECKED_AT_ONCE // max(tensor[0].numel(), 1)
-    return all(
-        same_bits(after * factor, before)
-        for after, before in zip(torch.split(scaled, rows), torch.split(tensor, rows), strict=True)
-    )

@@ -8,88 +8,53 @@ Three things change on the way from Megatron:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from crystal_hpc.config.schema import Run
 from crystal_hpc.convert import names
 from crystal_hpc.convert.formats import folding
 from crystal_hpc.convert.formats.fields import Fields
-from crystal_hpc.convert.names import Entry, Format, Parts, Shape, drop_padding, keep, kept
-from crystal_hpc.errors import CheckpointError
+from crystal_hpc.convert.names import KEEP, Entry, Format, Piece, Rule, Shape, Size
 
 TITLE = "Llama"
 LIMITS: dict[str, Any] = {"norm": "rmsnorm", "bias": False, "rotary_fraction": 1.0}
 """Keys of the config's `model` that have only one value in this format."""
 
 
-def _split_qkv(tensor: Tensor, shape: Shape) -> Parts:
-    query, key, value = tensor.reshape(shape.model.heads, 3, shape.head_width, -1).unbind(1)
-    query = folding.scale(query, folding.query_factor(shape))
-    return tuple(part.flatten(0, 1) for part in (_pairs_to_halves(query, shape), _pairs_to_halves(key, shape), value))
+def _qkv_pieces(tensor: Tensor, parts: Sequence[Tensor], shape: Shape) -> Iterator[Piece]:
+    by_head = tensor.view(shape.model.heads, 3, shape.head_width, -1)
+    factors = folding.query_factor(shape), 1.0, 1.0
+    for kind, (part, factor) in enumerate(zip(parts, factors, strict=True)):
+        mine, theirs = by_head[:, kind], part.view(shape.model.heads, shape.head_width, -1)
+        turned = shape.rotated if kind < 2 and shape.model.rotary_interleaved else 0
+        # Rows 0, 2, ..., then 1, 3, ... of what is rotated; the rest as it is.
+        yield Piece(mine[:, 0:turned:2], theirs[:, : turned // 2], factor)
+        yield Piece(mine[:, 1:turned:2], theirs[:, turned // 2 : turned], factor)
+        yield Piece(mine[:, turned:], theirs[:, turned:], factor)
 
 
-def _join_qkv(parts: Sequence[Tensor], shape: Shape) -> Tensor:
-    query, key, value = (part.reshape(shape.model.heads, shape.head_width, -1) for part in parts)
-    query = folding.scale(query, 1 / folding.query_factor(shape))
-    by_head = torch.stack([_halves_to_pairs(query, shape), _halves_to_pairs(key, shape), value], dim=1)
-    return by_head.flatten(0, 2)
+def _fc1_pieces(tensor: Tensor, parts: Sequence[Tensor], _shape: Shape) -> list[Piece]:
+    return [Piece(mine, theirs) for mine, theirs in zip(tensor.chunk(2), parts, strict=True)]
 
 
-def _pairs_to_halves(heads: Tensor, shape: Shape) -> Tensor:
-    """(heads, width, hidden): rows 0, 2, ..., then 1, 3, ... of the part that is rotated, then the rest."""
-    if not shape.model.rotary_interleaved:
-        return heads
-    turned = shape.rotated
-    return torch.cat([heads[:, 0:turned:2], heads[:, 1:turned:2], heads[:, turned:]], dim=1)
+def _shares(count: int) -> Callable[[Size, Shape], list[Size]]:
+    return lambda size, _: [(size[0] // count, *size[1:])] * count
 
 
-def _halves_to_pairs(heads: Tensor, shape: Shape) -> Tensor:
-    """The inverse of `_pairs_to_halves`."""
-    if not shape.model.rotary_interleaved:
-        return heads
-    turned = shape.rotated
-    pairs = torch.stack([heads[:, : turned // 2], heads[:, turned // 2 : turned]], dim=2).flatten(1, 2)
-    return torch.cat([pairs, heads[:, turned:]], dim=1)
+def _scaled(*factors: Callable[[Shape], float]) -> Rule:
+    """The whole table, once for each factor."""
+
+    def pieces(tensor: Tensor, parts: Sequence[Tensor], shape: Shape) -> list[Piece]:
+        pairs = enumerate(zip(parts, factors, strict=True))
+        return [Piece(tensor, part, factor(shape), again=number > 0) for number, (part, factor) in pairs]
+
+    return Rule(lambda size, _: [size] * len(factors), pieces)
 
 
-def _split_fc1(tensor: Tensor, _shape: Shape) -> Parts:
-    return tensor.chunk(2, dim=0)
-
-
-def _join_fc1(parts: Sequence[Tensor], _shape: Shape) -> Tensor:
-    return torch.cat(list(parts))
-
-
-def _split_embedding(tensor: Tensor, shape: Shape) -> Parts:
-    return (folding.scale(drop_padding(tensor, shape)[0], folding.embedding_factor(shape)),)
-
-
-def _join_embedding(parts: Sequence[Tensor], shape: Shape) -> Tensor:
-    return folding.scale(parts[0], 1 / folding.embedding_factor(shape))
-
-
-def _split_head(tensor: Tensor, shape: Shape) -> Parts:
-    return (folding.scale(drop_padding(tensor, shape)[0], folding.head_factor(shape)),)
-
-
-def _join_head(parts: Sequence[Tensor], shape: Shape) -> Tensor:
-    return folding.scale(parts[0], 1 / folding.head_factor(shape))
-
-
-def _split_two_ends(tensor: Tensor, shape: Shape) -> Parts:
-    return _split_embedding(tensor, shape) + _split_head(tensor, shape)
-
-
-def _join_two_ends(parts: Sequence[Tensor], shape: Shape) -> Tensor:
-    embedding, head = _join_embedding(parts[:1], shape), _join_head(parts[1:], shape)
-    if not embedding.is_meta and not names.same_bits(embedding, head):
-        raise CheckpointError("differ by more than muP's factors, and a model with tied embeddings has one table")
-    return embedding
-
+QKV, FC1 = Rule(_shares(3), _qkv_pieces), Rule(_shares(2), _fc1_pieces)
 
 _LAYER = "decoder.layers.{n}."
 _QKV, _FC1 = f"{_LAYER}self_attention.linear_qkv.", f"{_LAYER}mlp.linear_fc1."
@@ -100,20 +65,22 @@ _PARTS = tuple(f"{_ATTENTION}{kind}_proj.weight" for kind in "qkv")
 
 # The biases are those of StableLM's LayerNorms.
 TABLE = (
-    Entry(_EMBEDDING, ("model.embed_tokens.weight",), _split_embedding, _join_embedding),
-    Entry(f"{_QKV}layer_norm_weight", (f"{_BLOCK}input_layernorm.weight",), keep, kept),
-    Entry(f"{_QKV}layer_norm_bias", (f"{_BLOCK}input_layernorm.bias",), keep, kept),
-    Entry(f"{_QKV}weight", _PARTS, _split_qkv, _join_qkv),
-    Entry(f"{_LAYER}self_attention.linear_proj.weight", (f"{_ATTENTION}o_proj.weight",), keep, kept),
-    Entry(f"{_FC1}layer_norm_weight", (f"{_BLOCK}post_attention_layernorm.weight",), keep, kept),
-    Entry(f"{_FC1}layer_norm_bias", (f"{_BLOCK}post_attention_layernorm.bias",), keep, kept),
-    Entry(f"{_FC1}weight", (f"{_MLP}gate_proj.weight", f"{_MLP}up_proj.weight"), _split_fc1, _join_fc1),
-    Entry(f"{_LAYER}mlp.linear_fc2.weight", (f"{_MLP}down_proj.weight",), keep, kept),
-    Entry("decoder.final_layernorm.weight", ("model.norm.weight",), keep, kept),
-    Entry("decoder.final_layernorm.bias", ("model.norm.bias",), keep, kept),
-    Entry("output_layer.weight", (_HEAD,), _split_head, _join_head),
+    Entry(_EMBEDDING, ("model.embed_tokens.weight",), _scaled(folding.embedding_factor)),
+    Entry(f"{_QKV}layer_norm_weight", (f"{_BLOCK}input_layernorm.weight",), KEEP),
+    Entry(f"{_QKV}layer_norm_bias", (f"{_BLOCK}input_layernorm.bias",), KEEP),
+    Entry(f"{_QKV}weight", _PARTS, QKV),
+    Entry(f"{_LAYER}self_attention.linear_proj.weight", (f"{_ATTENTION}o_proj.weight",), KEEP),
+    Entry(f"{_FC1}layer_norm_weight", (f"{_BLOCK}post_attention_layernorm.weight",), KEEP),
+    Entry(f"{_FC1}layer_norm_bias", (f"{_BLOCK}post_attention_layernorm.bias",), KEEP),
+    Entry(f"{_FC1}weight", (f"{_MLP}gate_proj.weight", f"{_MLP}up_proj.weight"), FC1),
+    Entry(f"{_LAYER}mlp.linear_fc2.weight", (f"{_MLP}down_proj.weight",), KEEP),
+    Entry("decoder.final_layernorm.weight", ("model.norm.weight",), KEEP),
+    Entry("decoder.final_layernorm.bias", ("model.norm.bias",), KEEP),
+    Entry("output_layer.weight", (_HEAD,), _scaled(folding.head_factor)),
 )
-TWO_ENDS = Entry(_EMBEDDING, ("model.embed_tokens.weight", _HEAD), _split_two_ends, _join_two_ends)
+TWO_ENDS = Entry(
+    _EMBEDDING, ("model.embed_tokens.weight", _HEAD), _scaled(folding.embedding_factor, folding.head_factor)
+)
 
 # Frequencies of the rotary positions, which older versions saved along with the weights.
 BUFFERS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)

@@ -1,9 +1,6 @@
 """Generations made for tests: real files, written and described as a save does it, of a model of a few numbers."""
 
-import os
-import signal
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,47 +91,6 @@ def make_generation(
     if verified:
         mark_verified(place, "a test")
     return place
-
-
-CHANGES_OF_THE_DISK = ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir")
-
-
-def killed_at(moment: int, call: Callable[[], object]) -> bool:
-    """Calls in a process of its own, which dies at its `moment`-th change of the disk: whether it came to that.
-
-    Raises AssertionError where the call raised something.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python 3.12 warns of threads, of which the child needs none
-        pid = os.fork()
-    if pid == 0:
-        _die_at(moment, call)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
-    return os.waitstatus_to_exitcode(status) != 0
-
-
-def _die_at(moment: int, call: Callable[[], object]) -> None:
-    count = 0
-
-    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **more: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments, **more)
-
-        return call
-
-    for name in CHANGES_OF_THE_DISK:
-        setattr(os, name, deadly(getattr(os, name)))
-    code = 1
-    try:
-        call()
-        code = 0
-    finally:
-        os._exit(code)
 
 
 def changed(path: Path, change: Callable[[bytearray], object]) -> None:

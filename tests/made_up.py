@@ -3,6 +3,7 @@
 import torch
 
 from crystal_hpc.config.schema import Model
+from crystal_hpc.train.keys import is_stack, key_of
 
 
 def megatron_tensors(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -31,3 +32,11 @@ def megatron_tensors(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:
         name: 0.15 * torch.randn(shape, generator=generator) + ("norm" in name and "weight" in name)
         for name, shape in shapes.items()
     }
+
+
+def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same by the keys of a checkpoint's files, which stack the layers."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in tensors.items():  # layers in order
+        found.setdefault(key_of(name)[0], []).append(tensor)
+    return {key: torch.stack(parts) if is_stack(key) else parts[0] for key, parts in found.items()}
