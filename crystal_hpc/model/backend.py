@@ -152,7 +152,7 @@ class _GeneratorTracker:
 
 def _on_the_rig(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls with the mode on, which torch turns off for a backward pass: recomputation creates tensors there."""
-    with _CudaIsCpu():  # type: ignore[no-untyped-call]
+    with _CudaIsCpu():
         return function(*args, **kwargs)
 
 
