@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from crystal_hpc.config import derive
+from crystal_hpc.config.compute import Parallel
 from crystal_hpc.config.schema import Run
 from crystal_hpc.errors import ConfigError
 
