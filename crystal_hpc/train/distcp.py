@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -221,6 +222,9 @@ class Reader:
             if isinstance(stored, TensorStorageMetadata)
         }
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        for file in {str(place.relative_path) for place in self._places.values()}:
+            if file != Path(file).name:
+                raise CheckpointError(f"{folder / METADATA}: names {file}, which is no file of this folder")
 
     def shape(self, key: str) -> Index:
         return tuple(self.tensors[key].size)
@@ -249,13 +253,16 @@ class Reader:
     def _overlapping(self, request: Request) -> Iterator[tuple[MetadataIndex, ChunkStorageMetadata]]:
         if request.key not in self.tensors:
             raise CheckpointError(f"{self.folder}: has no tensor {request.key}")
-        covered = 0
+        common = []
         for number, chunk in enumerate(self.tensors[request.key].chunks):
-            sizes = _common(chunk.offsets, chunk.sizes, request.offset, request.target.shape)[1]
+            begin, sizes = _common(chunk.offsets, chunk.sizes, request.offset, request.target.shape)
             if len(sizes) != request.target.ndim or any(size <= 0 for size in sizes):
                 continue
-            covered += math.prod(sizes)
+            common.append((begin, sizes))
             yield MetadataIndex(request.key, chunk.offsets, number), chunk
+        if not _are_disjoint(common):
+            raise CheckpointError(f"{self.folder}: holds some numbers of {request.key} twice")
+        covered = sum(math.prod(sizes) for _, sizes in common)
         if covered != request.target.numel():
             raise CheckpointError(
                 f"{self.folder}: holds {covered} of the {request.target.numel()} numbers wanted of {request.key}"
@@ -300,6 +307,14 @@ def _common(
     begin = tuple(max(a, b) for a, b in zip(a_offset, b_offset, strict=False))
     ends = (min(a + m, b + n) for a, m, b, n in zip(a_offset, a_size, b_offset, b_size, strict=False))
     return begin, tuple(end - at for at, end in zip(begin, ends, strict=False))
+
+
+def _are_disjoint(boxes: Sequence[tuple[Index, Index]]) -> bool:
+    """Whether no two of the boxes, each an offset and a size, have a number in common."""
+    begin, sizes = np.array([at for at, _ in boxes]), np.array([size for _, size in boxes])
+    end = begin + sizes
+    pairs = ((begin[:, None] < end) & (begin < end[:, None])).all(axis=-1)
+    return int(np.count_nonzero(pairs)) == len(boxes)  # each with itself
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -1,5 +1,6 @@
 """The files of a distributed checkpoint: cut as they should be, whole or not used, and readable by others."""
 
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from rig import generation, join, run_ranks, short_run, values
 
 from crystal_hpc.errors import CheckpointError
-from crystal_hpc.train import distcp
+from crystal_hpc.train import archive, distcp
 from crystal_hpc.train.distcp import Chunk, FileWriter, Reader, Request, boxes, write_index
 from crystal_hpc.train.keys import is_stack, key_of, name_of
 
@@ -55,12 +56,39 @@ def test_chunks_have_a_largest_size_and_any_box_is_read_across_them(
     assert torch.equal(target, tensor[1:, 9:16, 4:15])
 
 
+def test_the_numbers_of_what_we_have_written_are_found_without_torch(tmp_path: Path) -> None:
+    writer = FileWriter(tmp_path / "__0_0.distcp")
+    for dtype in archive.DTYPES.values():
+        writer.add(Chunk(str(dtype), (3, 4), (0, 0), torch.ones(3, 4, dtype=dtype)))
+    with open(tmp_path / "__0_0.distcp", "rb") as file:
+        for one in writer.close().placed:
+            file.seek(one.at)
+            found = archive.find_numbers(io.BytesIO(file.read(one.length)), one.size)
+            assert found is not None and found.dtype == one.dtype
+
+
 def test_a_tensor_that_is_not_whole_is_noticed(tmp_path: Path) -> None:
     reader = written(tmp_path / "out", Chunk("x", (4, 5), (1, 0), torch.ones(3, 5)))
     with pytest.raises(CheckpointError, match="holds 15 of the 20 numbers wanted of x"):
         reader.read([Request("x", (0, 0), torch.empty(4, 5))])
     with pytest.raises(CheckpointError, match="has no tensor y"):
         reader.read([Request("y", (0,), torch.empty(1))])
+
+
+def test_a_box_written_twice_does_not_stand_in_for_one_that_is_missing(tmp_path: Path) -> None:
+    part = Chunk("x", (4, 5), (2, 0), torch.ones(2, 5))
+    reader = written(tmp_path / "out", part, part)
+    with pytest.raises(CheckpointError, match="holds some numbers of x twice"):
+        reader.read([Request("x", (0, 0), torch.empty(4, 5))])
+
+
+@pytest.mark.parametrize("outside", ["../secret.distcp", "/etc/hostname"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, outside: str) -> None:
+    writer = FileWriter(tmp_path / "__0_0.distcp")
+    writer.add(Chunk("x", (4,), (0,), torch.ones(4)))
+    write_index(tmp_path, [placed._replace(file=outside) for placed in writer.close().placed])
+    with pytest.raises(CheckpointError, match=r"\.metadata: names .*which is no file of this folder"):
+        Reader(tmp_path)
 
 
 def test_the_name_of_a_tensor_and_its_key_go_both_ways() -> None:
