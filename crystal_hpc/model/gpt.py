@@ -77,6 +77,7 @@ def build(run: Run, layout: Layout, machine: Machine | None = None) -> GPTModel:
                 module.fuse_wgrad_accumulation = True
     mup.initialize(model, run, layout.tensor_rank, layout.tensor_size)
     _scale_ends(model, run)
+    _part_recomputed_biases(model, run)
     return precision.cast(model, run).to(backend.device())
 
 
@@ -116,3 +117,18 @@ def _scale_ends(model: GPTModel, run: Run) -> None:
         model.embedding.register_forward_hook(scale_embedding)
     if output != 1.0 and model.post_process:
         model.output_layer.register_forward_hook(scale_logits)
+
+
+def _part_recomputed_biases(model: GPTModel, run: Run) -> None:
+    """Lets a feed-forward network with biases be recomputed.
+
+    Megatron returns its last bias from there as it is, to be added later. A parameter that comes out of a function of
+    autograd's is taken for its result; recomputed, it would be computed from itself, without end.
+    """
+
+    def copy_bias(_module: Any, _inputs: Any, result: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
+        return result[0], result[1].clone()
+
+    if run.model.bias and run.recompute.mode == "selective" and "mlp" in run.recompute.modules:
+        for layer in model.decoder.layers:
+            layer.mlp.register_forward_hook(copy_bias)
