@@ -6,7 +6,7 @@ that, with nothing else going on, the ways to save the state take turns, and so 
 and load only.
 
 Saving, until the bytes are durable: ours (`Saver.save`: serialization, digests, norms, fsync, manifest, rename);
-`raw`, os.write of as many bytes from memory in blocks of 64 MiB by as many processes, then fsync; and
+`raw`, os.write of as many bytes of memory in blocks of 1 MiB (`dd bs=1M`) by as many processes, then fsync; and
 `megatron.core.dist_checkpointing.save` as Megatron's examples call it, then fsync of its files and folder (most of
 which its writer has done). Megatron's default writer uses two processes a rank in 0.16, one in 0.19.
 
@@ -64,7 +64,7 @@ with backend.quiet():
 
 AIMS = {("save", "raw"): 0.8, ("save", "megatron"): 1.0}  # ours is that many times as fast
 STALL = 0.05  # of a save that training waits for
-BLOCK = 64 << 20
+BLOCK = 1 << 20
 TOKENS = 1_000_000
 STEPS_A_SAVE = 4
 SAVES = 4  # asynchronous ones; the first makes the copy buffer, and is told apart
@@ -128,6 +128,7 @@ class Bench:
         # Every weight has 2 bytes in the model, and 4 in the optimizer's copy and in each moment.
         self.mine = sum(part.tensor.nbytes for part in held if part.ours) * 14 // 2
         self.total = self.comm.sum([self.mine])[0]
+        self.memory = bytearray(os.urandom(1 << 20) * (self.mine // (1 << 20) + 1))[: self.mine]
 
     def step(self, number: int) -> float:
         """Trains for a step; returns the seconds it took."""
@@ -206,10 +207,10 @@ class Bench:
         Saver(self.trainer, folder, self.orders).save(Position(0, 1), "preempted")
 
     def _write_raw(self, folder: Path) -> None:
-        left, block = self.mine, memoryview(bytearray(os.urandom(BLOCK)))
+        left = memoryview(self.memory)
         descriptor = os.open(folder / str(self.comm.rank), os.O_WRONLY | os.O_CREAT)
         while left:
-            left -= os.write(descriptor, block[:left])
+            left = left[os.write(descriptor, left[:BLOCK]) :]
         os.fsync(descriptor)
         os.close(descriptor)
 

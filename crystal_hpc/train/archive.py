@@ -5,6 +5,7 @@ to torch.load what is no plain tensor. Nothing in a pickle is executed.
 """
 
 import io
+import os
 import pickle
 import struct
 import sys
@@ -13,6 +14,8 @@ from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from crystal_hpc import files
 
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -29,6 +32,9 @@ _NOT_PLAIN = (
 )
 
 
+File = IO[bytes] | io.RawIOBase
+
+
 class Numbers(NamedTuple):
     """A tensor's numbers, row-major, in an archive."""
 
@@ -37,7 +43,34 @@ class Numbers(NamedTuple):
     """Their first byte, counted from the start of the archive."""
 
 
-def find_numbers(archive: IO[bytes], shape: tuple[int, ...]) -> Numbers | None:
+class Part(io.RawIOBase):
+    """A stretch of an open file as a file of its own; that of torch.distributed.checkpoint miscounts from its end."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        super().__init__()
+        self._descriptor, self._start, self._length, self._at = file.fileno(), start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence] + offset
+        if self._at < 0:
+            raise OSError("a place before the beginning")
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        """Raises EOFError where the file ends before the stretch does."""
+        view = memoryview(target).cast("B")[: max(self._length - self._at, 0)]
+        files.read_into(self._descriptor, view, self._start + self._at)
+        self._at += len(view)
+        return len(view)
+
+
+def find_numbers(archive: File, shape: tuple[int, ...]) -> Numbers | None:
     """Where the numbers of a tensor of this shape are; None for anything but a whole archive of one plain tensor."""
     try:
         with zipfile.ZipFile(archive) as entries:
@@ -57,13 +90,13 @@ def find_numbers(archive: IO[bytes], shape: tuple[int, ...]) -> Numbers | None:
     return Numbers(dtype, at)
 
 
-def _content(archive: IO[bytes], record: zipfile.ZipInfo) -> bytes:
+def _content(archive: File, record: zipfile.ZipInfo) -> bytes:
     """A record that is not packed, whether or not its CRC-32 is right: ours have none, for the sake of speed."""
     archive.seek(_start(archive, record))
-    return archive.read(record.file_size)
+    return archive.read(record.file_size) or b""
 
 
-def _start(archive: IO[bytes], record: zipfile.ZipInfo) -> int:
+def _start(archive: File, record: zipfile.ZipInfo) -> int:
     """The first byte of a record: after its header of 30 bytes, its name and its padding (APPNOTE.TXT 4.3.7)."""
     archive.seek(record.header_offset + 26)
     name, padding = struct.unpack("<HH", archive.read(4))

@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from crystal_hpc import files
 from crystal_hpc.errors import CheckpointError
@@ -270,7 +269,7 @@ class Reader:
 
     def _fill(self, file: Any, index: MetadataIndex, wanted: list[tuple[ChunkStorageMetadata, Request]]) -> None:
         place = self._places[index]
-        view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
+        view = cast(IO[bytes], archive.Part(file, place.offset, place.length))
         found = archive.find_numbers(view, tuple(wanted[0][0].sizes))
         stored = None
         for chunk, request in wanted:

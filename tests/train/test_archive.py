@@ -1,13 +1,15 @@
 """Where a saved tensor's numbers lie is told of plain tensors alone, and of whole ones."""
 
 import io
+import os
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from crystal_hpc.train.archive import DTYPES, find_numbers
+from crystal_hpc.train.archive import DTYPES, Part, find_numbers
 
 
 def saved(thing: Any) -> bytes:
@@ -75,3 +77,18 @@ def test_nothing_in_a_pickle_is_run() -> None:
             return exec, ("raise SystemExit('was run')",)
 
     assert find_numbers(io.BytesIO(saved(Evil())), (1,)) is None
+
+
+def test_a_stretch_of_a_file_is_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(100)))
+    with open(path, "rb") as file:
+        part = Part(file, 10, 50)
+        assert part.read() == bytes(range(10, 60))
+        assert part.seek(-5, os.SEEK_END) == 45 and part.read(100) == bytes(range(55, 60)) and part.read(1) == b""
+        assert part.seek(2) == 2 and part.seek(3, os.SEEK_CUR) == part.tell() == 5 and part.read(2) == b"\x0f\x10"
+        assert part.seek(70) == 70 and part.read(1) == b""
+        with pytest.raises(OSError, match="before the beginning"):
+            part.seek(-1)
+        with pytest.raises(EOFError, match="ends too early"):
+            Part(file, 90, 20).read()
