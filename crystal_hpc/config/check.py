@@ -133,6 +133,11 @@ def _staging_problems(cluster: Cluster) -> Iterator[str]:
 
 def layout_problems(run: Run, cluster: Cluster) -> Iterator[str]:
     """Everything in a run that cannot work on this cluster."""
+    if run.fp8 and run.fp8.recipe == "delayed":
+        yield (
+            "fp8.recipe: delayed keeps scales from step to step, which checkpoints do not carry: a resumed job would "
+            "not compute the same; choose tensorwise or blockwise"
+        )
     block = derive.model_parallel(run)
     product = "tensor x pipeline" + " x context" * (run.parallel.context > 1)
     if cluster.ranks % block:

@@ -111,6 +111,8 @@ class _Attempt:
         told = comm.gather((psutil.Process().pid, self.place.node))
         pids = {str(rank): pid for rank, (pid, _) in enumerate(told)}
         self._update(pids=pids, nodes=[node for _, node in told if node], backend=session.backend)
+        if self.place.rank == 0:
+            log.info("computing on %s", session.backend)
         self._lap("setup")
         job = session.job(flag, self.entry["attempt"], partial(self._on_event, flag), watchdog.beat, self.until)
         ended = loop.train(job)

@@ -36,11 +36,12 @@ class Used:
 
     device: str
     formats: str
-    """Of the matrix products: `fp32`, `bf16`, or `fp8 tensorwise hybrid`."""
+    """Of the matrix products: `fp32`, `bf16`, or `fp8 tensorwise hybrid (bf16: first 1, last 2 blocks)`."""
     layers: str
     norms: str
     """`transformer-engine`, `apex` or `torch`."""
     attention: str
+    """`auto`: Transformer Engine chooses for each shape."""
     rotary: str
     activation: str
     cross_entropy: str
@@ -70,7 +71,7 @@ def choose(run: Run, machine: Machine) -> Used:
     gradients = "fused" if machine.fused_gradients else "fused in blocks" if engine else "unfused"
     return Used(
         device=machine.gpu or "CPU rig",
-        formats=f"fp8 {run.fp8.recipe} {run.fp8.format}" if run.fp8 else run.precision,
+        formats=_formats_in_words(run),
         layers="transformer-engine" if engine else "megatron",
         norms="transformer-engine" if engine else plain_norm,
         attention=kernels.attention if engine else "unfused",
@@ -101,6 +102,14 @@ def _uses_engine(run: Run, machine: Machine) -> bool:
 
 def _picked(asked: str, possible: bool) -> str:
     return asked if asked != "auto" else "fused" if possible else "unfused"
+
+
+def _formats_in_words(run: Run) -> str:
+    if not run.fp8:
+        return run.precision
+    ends = {"first": run.fp8.bf16_first_layers, "last": run.fp8.bf16_last_layers}
+    kept = ", ".join(f"{end} {count}" for end, count in ends.items() if count)
+    return f"fp8 {run.fp8.recipe} {run.fp8.format}" + (f" (bf16: {kept} blocks)" if kept else "")
 
 
 def _recompute_in_words(run: Run) -> str:

@@ -152,7 +152,7 @@ def _entries(model: Any) -> tuple[dict[str, list[_Place]], dict[str, bytes]]:
     others: dict[str, bytes] = {}
     for name, entry in model.sharded_state_dict(metadata={"dp_cp_group": group}).items():
         if isinstance(entry, ShardedObject):
-            others |= _object(name, entry)
+            others |= _object(entry)
             continue
         pieces = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
         places[name] = [_without_padding(_place(piece, parameters[name]), name, model) for piece in pieces]
@@ -199,13 +199,16 @@ def _place(piece: ShardedTensor, parameter: Tensor) -> _Place:
 def objects(model: torch.nn.Module) -> dict[str, bytes]:
     """What Megatron keeps of a module beside its tensors, as its own loader wants to find it; read by nobody here.
 
-    These are Transformer Engine's FP8 scales: without FP8 there is nothing in them. Raises CheckpointError otherwise.
+    These are the scales that Transformer Engine keeps from step to step: nothing, unless `fp8.recipe` is `delayed`.
+    Raises CheckpointError where there is something, which a pickle of Transformer Engine's would have to carry.
     """
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
+            _refuse_content(name, module.get_extra_state())  # asked each time: there is none before the first step
     return _entries(model)[1]
 
 
-def _object(name: str, entry: ShardedObject) -> dict[str, bytes]:
-    _refuse_content(name, entry.data)
+def _object(entry: ShardedObject) -> dict[str, bytes]:
     copies = entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)
     if any(copies):
         return {}
@@ -218,7 +221,7 @@ def _refuse_content(name: str, data: Any) -> None:
     empty = data is None or (isinstance(data, Tensor) and not data.numel())
     empty = empty or (isinstance(data, io.BytesIO) and not data.getbuffer().nbytes)
     if not empty:
-        raise CheckpointError(f"{name}: holds FP8 state, which checkpoints do not carry yet; train in bf16")
+        raise CheckpointError(f"{name}: keeps FP8 scales from step to step, which checkpoints do not carry")
 
 
 def data_rank() -> int:

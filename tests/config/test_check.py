@@ -129,6 +129,12 @@ def test_a_layout_must_fit_the_clusters_ranks() -> None:
     ]
 
 
+def test_scales_that_no_checkpoint_carries_are_no_choice_for_a_job() -> None:
+    fp8 = {"precision": "bf16", "fp8": {"recipe": "delayed"}, "parallel": {"micro_batch": 2}}
+    (said,) = check.layout_problems(Run.model_validate(RUN | fp8), cluster())
+    assert said.startswith("fp8.recipe: delayed keeps scales") and said.endswith("choose tensorwise or blockwise")
+
+
 def test_an_evaluation_job_needs_as_many_ranks_as_the_model() -> None:
     run = Run.model_validate(RUN | {"parallel": {"micro_batch": 2, "tensor": 2}})
     slurm = {"evaluate": {"time_limit": "10min", "ranks": 3}}

@@ -128,6 +128,7 @@ def test_a_signal_before_the_imports_are_done_is_neither_lost_nor_fatal(
     attempts = finish(folder, job)
     assert [entry["outcome"] for entry in attempts] == ["time_limit", "finished"]
     assert attempts[0]["last_step"] is None
+    assert attempts[1]["backend"].startswith("CPU rig: fp32; layers megatron, norms torch, attention unfused, ")
 
 
 def test_a_killed_rank_ends_the_attempt_and_the_next_one_goes_on_from_the_last_checkpoint(

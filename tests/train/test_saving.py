@@ -14,7 +14,8 @@ from typing import Any
 
 import breaking
 import pytest
-from rig import SHORT, Trained, branch, generation, run_ranks, short_run, state_saved, steps_saved, train, values
+import torch
+from rig import SHORT, Trained, branch, generation, join, run_ranks, short_run, state_saved, steps_saved, train, values
 
 from crystal_hpc import files
 from crystal_hpc.errors import CheckpointError
@@ -230,6 +231,29 @@ def test_weights_may_stay_as_they_are_while_the_learning_rate_is_zero(new_run: N
 
 
 # What is left
+
+
+def scales_after_a_step(rank: int, size: int, meeting: str, folder: Path) -> list[str]:
+    """What saving says before and after a module has begun to keep scales, as Transformer Engine's do for `delayed`."""
+    from crystal_hpc.train import sharding
+
+    said = []
+    model: Any = sharding.module(join(rank, size, meeting, folder))
+    layer = model.decoder.layers[0].mlp.linear_fc1
+    for kept in (0, 3):
+        layer.__class__ = type("Engine", (type(layer),), {"get_extra_state": lambda _, kept=kept: torch.zeros(kept)})
+        try:
+            sharding.objects(model)
+            said.append("")
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
+
+
+def test_state_that_checkpoints_do_not_carry_is_not_left_out_quietly(new_run: NewRun) -> None:
+    (said,) = values(run_ranks(scales_after_a_step, 1, new_run("run")))
+    named = "decoder.layers.0.mlp.linear_fc1: keeps FP8 scales from step to step, which checkpoints do not carry"
+    assert said == ["", named]
 
 
 def test_exactly_what_the_rules_keep_is_left_after_interruptions(new_run: NewRun) -> None:
