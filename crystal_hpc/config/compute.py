@@ -66,7 +66,8 @@ class Kernels(Strict):
     attention: Literal["auto", "flash", "fused", "unfused"] = "auto"
     """With Transformer Engine: the flash-attn package, cuDNN, or plain torch; Megatron's layers know only the last."""
     rotary: Literal["auto", "fused", "unfused"] = "auto"
-    """The rotation of queries and keys in one kernel; needs Transformer Engine."""
+    """The rotation of queries and keys in one kernel, with sines and cosines in float32, which `unfused` rounds to the
+    run's precision; needs Transformer Engine."""
     activation: Literal["auto", "fused", "unfused"] = "auto"
     """SwiGLU and its bias in one compiled kernel; needs a GPU and Triton."""
     cross_entropy: Literal["auto", "fused", "unfused"] = "auto"

@@ -92,8 +92,8 @@ def init_std(model: Model, mup: Mup | None, role: str) -> float:
     """Standard deviation of an initial weight by role: `embedding`, `matrix` or `residual` (written to the stream).
 
     Matrices shrink with sqrt(base_hidden / hidden) under muP; those that write to the residual stream also with
-    sqrt(2 layers), as in GPT-2. An untied head counts as an
-    embedding: its width is dealt with by the factor on the logits (muP, arXiv 2203.03466, table 8).
+    sqrt(2 layers), as in GPT-2. An untied head counts as an embedding: its width is dealt with by the factor on the
+    logits (muP, arXiv 2203.03466, table 8).
     """
     if role == "embedding":
         return model.init_std

@@ -39,9 +39,9 @@ DEVICES = {
     "h100-nvl": _device(835.5, 1670.5, 94, "NVIDIA H100 NVL"),
     # NVIDIA GH200 data sheet (2023): an H100 beside a Grace CPU
     "gh200": _device(989.4, 1978.9, 96, "NVIDIA GH200 480GB"),
-    # NVIDIA H200 data sheet (2024)
-    "h200": _device(989.4, 1978.9, 141, "NVIDIA H200"),
-    "h200-nvl": _device(835.5, 1670.5, 141, "NVIDIA H200 NVL"),
+    # NVIDIA H200 data sheet (2024); its 141 GB are 140 GiB to CUDA, of which it keeps some
+    "h200": _device(989.4, 1978.9, 140, "NVIDIA H200"),
+    "h200-nvl": _device(835.5, 1670.5, 140, "NVIDIA H200 NVL"),
     # NVIDIA HGX B200 data sheet, an eighth of the board; GB200 NVL72 data sheet, a 72nd of the rack
     "b200": _device(2250, 4500, 180, "NVIDIA B200"),
     "gb200": _device(2500, 5000, 186, "NVIDIA GB200"),
