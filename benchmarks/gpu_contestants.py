@@ -6,6 +6,7 @@ only one fits a GPU at a time.
 
 import contextlib
 import gc
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -270,9 +271,7 @@ def release(holders: list[Any]) -> None:
                 getattr(module, "_fp8_workspaces", {}).clear()  # Transformer Engine's 8-bit copies of weights
     holders.clear()
     if backend.device().type == "cuda" and probe().transformer_engine:
-        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
-
-        FP8GlobalStateManager.reset()
+        importlib.import_module("transformer_engine.pytorch.quantization").FP8GlobalStateManager.reset()
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -91,8 +91,9 @@ def build(run: Run, batches: list[list[tuple[Tensor, Tensor]]], compiled: bool) 
         model = Plain(run, compiled)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() != 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+        groups,
         lr=1e-4,
         betas=(run.optimizer.beta1, run.optimizer.beta2),
         eps=run.optimizer.epsilon,
