@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one process, which need not know its host's name
-sys.path.append(str(Path(__file__).parent))  # behind all others, so that `tokenize` here is not taken for Python's
 
 import torch
 
@@ -31,6 +30,7 @@ def main() -> int:
     if not torch.cuda.is_available() and not arguments.rig:
         print("error: no GPU here; --rig shows at toy size, on the CPU, that all of this runs", file=sys.stderr)
         return 2
+    sys.path.append(str(Path(__file__).parent))  # from where `tokenize`, which torch imports, has taken it
     import gpu_turns
 
     met = gpu_turns.measure(arguments)
