@@ -60,6 +60,7 @@ def open_attempt(run_folder: Path, place: Place, until: str | None) -> Entry:
         "commit": provenance.commit(),
         "versions": provenance.versions(),
         "backend": None,
+        "computing": None,
         "startup": {},
         "ended": None,
         "outcome": None,

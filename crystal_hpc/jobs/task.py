@@ -113,6 +113,7 @@ class _Attempt:
         self._update(pids=pids, nodes=[node for _, node in told if node], backend=session.backend)
         self._lap("setup")
         job = session.job(flag, self.entry["attempt"], partial(self._on_event, flag), watchdog.beat, self.until)
+        self._update(computing=job.trainer.used.line())
         ended = loop.train(job)
         job.metrics.close()
         heard = min((heard for heard in comm.gather((flag.time, flag.signal)) if heard[0]), default=(None, None))
