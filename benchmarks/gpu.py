@@ -30,6 +30,9 @@ def main() -> int:
     if not torch.cuda.is_available() and not arguments.rig:
         print("error: no GPU here; --rig shows at toy size, on the CPU, that all of this runs", file=sys.stderr)
         return 2
+    if torch.cuda.is_available() and arguments.rig:
+        print("error: --rig is for machines without a GPU, and this one has one; leave it out", file=sys.stderr)
+        return 2
     sys.path.append(str(Path(__file__).parent))  # from where `tokenize`, which torch imports, has taken it
     import gpu_turns
 

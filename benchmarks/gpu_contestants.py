@@ -72,6 +72,7 @@ def run_of(name: str, run: Run) -> Run:
 def take_turn(name: str, run: Run, layout: parallel.Layout, steps: int) -> Turn:
     """Builds a contestant, lets it make its steps, and clears away after it."""
     cuda = backend.device().type == "cuda"
+    clear()  # of what one that failed has left
     left_over = torch.cuda.memory_allocated()
     step, holders = _build(name, run_of(name, run), layout, cuda)
     try:
@@ -270,6 +271,11 @@ def release(holders: list[Any]) -> None:
             for module in holder.modules():
                 getattr(module, "_fp8_workspaces", {}).clear()  # Transformer Engine's 8-bit copies of weights
     holders.clear()
+    clear()
+
+
+def clear() -> None:
+    """Forgets what Transformer Engine keeps of models, and what nobody points to."""
     if backend.device().type == "cuda" and probe().transformer_engine:
         importlib.import_module("transformer_engine.pytorch.quantization").FP8GlobalStateManager.reset()
     gc.collect()

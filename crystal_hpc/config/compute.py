@@ -36,7 +36,8 @@ class Fp8(Strict):
     """Matrix products of the transformer blocks in 8 bits: Transformer Engine and compute capability 8.9 or later."""
 
     recipe: Literal["delayed", "tensorwise", "blockwise"]
-    """Scaling: by the largest value of past steps, of the tensor itself, or of each block (9.0 and CUDA 12.9)."""
+    """Scaling: by the largest value of past steps (which checkpoints do not carry yet, so that such a run cannot be
+    saved), of the tensor itself, or of each block (9.0 and CUDA 12.9)."""
     format: Literal["hybrid", "e4m3"] = "hybrid"
     """`hybrid`: e4m3 forward and e5m2 for gradients; `e4m3`: for both, which suits `blockwise`."""
     bf16_first_layers: int = Field(default=0, ge=0)

@@ -150,9 +150,11 @@ def _entries(model: Any) -> tuple[dict[str, list[_Place]], dict[str, bytes]]:
     parameters = dict(model.named_parameters())
     places: dict[str, list[_Place]] = {}
     others: dict[str, bytes] = {}
+    # Older Transformer Engines write down what they know of a recipe even where no state goes from step to step.
+    keeps_nothing = model.config.fp8 is not None and model.config.fp8_recipe != "delayed"
     for name, entry in model.sharded_state_dict(metadata={"dp_cp_group": group}).items():
         if isinstance(entry, ShardedObject):
-            others |= _object(name, entry)
+            others |= _object(name, entry, keeps_nothing)
             continue
         pieces = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
         places[name] = [_without_padding(_place(piece, parameters[name]), name, model) for piece in pieces]
@@ -199,18 +201,20 @@ def _place(piece: ShardedTensor, parameter: Tensor) -> _Place:
 def objects(model: torch.nn.Module) -> dict[str, bytes]:
     """What Megatron keeps of a module beside its tensors, as its own loader wants to find it; read by nobody here.
 
-    These are Transformer Engine's FP8 scales: without FP8 there is nothing in them. Raises CheckpointError otherwise.
+    These are Transformer Engine's FP8 scales: only delayed scaling has any from step to step. Raises CheckpointError
+    for those, which `checkpoint.Saver` refuses at the start.
     """
     return _entries(model)[1]
 
 
-def _object(name: str, entry: ShardedObject) -> dict[str, bytes]:
-    _refuse_content(name, entry.data)
+def _object(name: str, entry: ShardedObject, keeps_nothing: bool) -> dict[str, bytes]:
+    data = torch.empty(0, dtype=torch.uint8) if keeps_nothing else entry.data
+    _refuse_content(name, data)
     copies = entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)
     if any(copies):
         return {}
     buffer = io.BytesIO()
-    torch.save([entry.data], buffer)
+    torch.save([data], buffer)
     return {entry.unique_key: buffer.getvalue()}
 
 
@@ -218,7 +222,9 @@ def _refuse_content(name: str, data: Any) -> None:
     empty = data is None or (isinstance(data, Tensor) and not data.numel())
     empty = empty or (isinstance(data, io.BytesIO) and not data.getbuffer().nbytes)
     if not empty:
-        raise CheckpointError(f"{name}: holds FP8 state, which checkpoints do not carry yet; train in bf16")
+        raise CheckpointError(
+            f"{name}: holds FP8 state, which checkpoints do not carry yet; choose fp8.recipe: tensorwise"
+        )
 
 
 def data_rank() -> int:
