@@ -239,6 +239,9 @@ def _bare_model(run: Run) -> DistributedDataParallel:
         rotary_percent=model.rotary_fraction,
         rotary_base=model.rotary_base,
     ).to(backend.device())
+    for part in module.modules():
+        if hasattr(part, "fuse_wgrad_accumulation"):
+            part.fuse_wgrad_accumulation = True  # as where apex is installed, without which Megatron refuses the option
     gpt._scale_ends(module, run)
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
