@@ -110,11 +110,10 @@ class _Attempt:
         setup_logging(self.place.rank, self.place.job, self.entry["attempt"])
         told = comm.gather((psutil.Process().pid, self.place.node))
         pids = {str(rank): pid for rank, (pid, _) in enumerate(told)}
-        self._update(pids=pids, nodes=[node for _, node in told if node], backend=session.backend)
-        if self.place.rank == 0:
-            log.info("computing on %s", session.backend)
+        self._update(pids=pids, nodes=[node for _, node in told if node])
         self._lap("setup")
         job = session.job(flag, self.entry["attempt"], partial(self._on_event, flag), watchdog.beat, self.until)
+        self._update(backend=job.trainer.used.line())
         ended = loop.train(job)
         job.metrics.close()
         heard = min((heard for heard in comm.gather((flag.time, flag.signal)) if heard[0]), default=(None, None))

@@ -22,8 +22,7 @@ from crystal_hpc.jobs.chain import is_at_end
 from crystal_hpc.jobs.launch import read_cluster
 from crystal_hpc.jobs.local_disk import LocalDisk, read_staging
 from crystal_hpc.jobs.place import Place
-from crystal_hpc.model import parallel, precision
-from crystal_hpc.model.machine import probe
+from crystal_hpc.model import parallel
 from crystal_hpc.train import loop
 from crystal_hpc.train.metrics import Metrics
 from crystal_hpc.train.preemption import StopFlag
@@ -41,8 +40,6 @@ class Session:
     folder: Path
     sources: Sources
     layout: parallel.Layout
-    backend: str
-    """Device, number formats and kernels: `precision.Used.line`."""
     evaluated_elsewhere: bool = False
     """Whether a job of its own computes the held-out losses."""
     disk: LocalDisk | None = None
@@ -103,8 +100,7 @@ def start(folder: Path, place: Place) -> Session:
     layout = parallel.start(run, place.rank, place.ranks, place.local_rank, meeting)
     cluster = read_cluster(folder)
     elsewhere = cluster is not None and cluster.executor == "slurm" and cluster.slurm.evaluate is not None
-    used = precision.choose(run, probe()).line()
-    return Session(run, folder, sources, layout, used, elsewhere, _local_disk(folder, run, sources, layout, place))
+    return Session(run, folder, sources, layout, elsewhere, _local_disk(folder, run, sources, layout, place))
 
 
 def _local_disk(folder: Path, run: Run, sources: Sources, layout: parallel.Layout, place: Place) -> LocalDisk | None:

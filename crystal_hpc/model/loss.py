@@ -23,11 +23,18 @@ def forward_step(
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossOutput]]:
     """Megatron's `forward_step_func`, once it has its layout: the model's output, and what makes a loss of it."""
     batch = next(micro_batches)
-    positions = torch.arange(batch["tokens"].shape[1]).expand_as(batch["tokens"])
-    whole = {**batch, "positions": positions}
-    mine = {name: share_of_sequence(tensor, layout).to(device()) for name, tensor in whole.items()}
+    positions = torch.arange(batch["tokens"].shape[1], device=device()).expand_as(batch["tokens"])
+    mine = {name: _on_device(share_of_sequence(tensor, layout)) for name, tensor in batch.items()}
+    mine["positions"] = share_of_sequence(positions, layout)
     output = model(input_ids=mine["tokens"], position_ids=mine["positions"], attention_mask=None, labels=mine["labels"])
     return output, partial(mean_loss, mask=mine.get("loss_mask"), shared_by=layout.context_size)
+
+
+def _on_device(tensor: torch.Tensor) -> torch.Tensor:
+    """From host memory; to a GPU by way of page-locked memory, so that nobody waits for what is queued there."""
+    if device().type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device(), non_blocking=True)
 
 
 def share_of_sequence(rows: torch.Tensor, layout: Layout) -> torch.Tensor:

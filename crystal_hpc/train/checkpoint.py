@@ -22,7 +22,7 @@ from crystal_hpc import files
 from crystal_hpc.config.schema import Run
 from crystal_hpc.config.units import format_bytes
 from crystal_hpc.data.order import PhaseOrder
-from crystal_hpc.errors import CrystalError, DiskError
+from crystal_hpc.errors import CheckpointError, CrystalError, DiskError
 from crystal_hpc.log import log
 from crystal_hpc.train import distcp, optim, record, retention, sharding
 from crystal_hpc.train.generations import generation_folder, keep
@@ -61,7 +61,12 @@ class Saver:
     def __init__(
         self, trainer: Trainer, run_folder: Path, orders: Sequence[PhaseOrder], last: Manifest | None = None
     ) -> None:
-        """`last`: of the generation that the attempt began with."""
+        """`last`: of the generation that the attempt began with. Raises CheckpointError for what cannot be saved."""
+        if trainer.run.fp8 and trainer.run.fp8.recipe == "delayed":
+            raise CheckpointError(
+                "fp8.recipe: delayed scales by what it saw in earlier steps, which checkpoints do not carry yet, so a "
+                "preempted run could not go on as if nothing had been; choose tensorwise or blockwise"
+            )
         self._trainer, self._folder, self._orders = trainer, run_folder, orders
         self._run, self._comm = trainer.run, trainer.layout.comm
         self._last = last

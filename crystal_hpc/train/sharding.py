@@ -152,7 +152,7 @@ def _entries(model: Any) -> tuple[dict[str, list[_Place]], dict[str, bytes]]:
     others: dict[str, bytes] = {}
     for name, entry in model.sharded_state_dict(metadata={"dp_cp_group": group}).items():
         if isinstance(entry, ShardedObject):
-            others |= _object(entry)
+            others |= _object(entry, _keeps_nothing(model))
             continue
         pieces = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
         places[name] = [_without_padding(_place(piece, parameters[name]), name, model) for piece in pieces]
@@ -203,17 +203,24 @@ def objects(model: torch.nn.Module) -> dict[str, bytes]:
     Raises CheckpointError where there is something, which a pickle of Transformer Engine's would have to carry.
     """
     for name, module in model.named_modules():
-        if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
+        has_more = type(module).get_extra_state is not torch.nn.Module.get_extra_state
+        if has_more and not _keeps_nothing(model):
             _refuse_content(name, module.get_extra_state())  # asked each time: there is none before the first step
     return _entries(model)[1]
 
 
-def _object(entry: ShardedObject) -> dict[str, bytes]:
+def _keeps_nothing(model: Any) -> bool:
+    """Whether nothing goes from step to step, though older Transformer Engines then write down the recipe itself."""
+    return model.config.fp8 is not None and model.config.fp8_recipe != "delayed"
+
+
+def _object(entry: ShardedObject, keeps_nothing: bool) -> dict[str, bytes]:
+    data = torch.empty(0, dtype=torch.uint8) if keeps_nothing else entry.data
     copies = entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)
     if any(copies):
         return {}
     buffer = io.BytesIO()
-    torch.save([entry.data], buffer)
+    torch.save([data], buffer)
     return {entry.unique_key: buffer.getvalue()}
 
 

@@ -13,7 +13,9 @@ import torch
 
 from crystal_hpc.config.schema import Run
 from crystal_hpc.data.batches import StepBatch
-from crystal_hpc.model import backend, gpt, loss
+from crystal_hpc.log import log
+from crystal_hpc.model import backend, gpt, loss, precision
+from crystal_hpc.model.machine import probe
 from crystal_hpc.model.parallel import Layout
 from crystal_hpc.train import measure, optim
 
@@ -31,6 +33,8 @@ class Trainer:
     layout: Layout
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
+    used: precision.Used
+    """Number formats and kernels."""
     clock: measure.Clock = field(default_factory=measure.SilentClock)
 
 
@@ -50,8 +54,11 @@ class StepResult:
 
 
 def build_trainer(run: Run, layout: Layout) -> Trainer:
-    """Model and optimizer as they stand before the first step."""
-    module = gpt.build(run, layout)
+    """Model and optimizer as they stand before the first step. Raises BackendError for what the machine lacks."""
+    machine = probe()
+    used = precision.choose(run, machine)
+    log.info("computing on %s", used.line())
+    module = gpt.build(run, layout, machine)
     config = module.config
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -63,7 +70,7 @@ def build_trainer(run: Run, layout: Layout) -> Trainer:
     clock = measure.clock(layout.comm.rank)
     config.finalize_model_grads_func = _timed(finalize_model_grads, clock)
     config.no_sync_func = model.no_sync
-    return Trainer(run, layout, model, optim.build(run, model), clock)
+    return Trainer(run, layout, model, optim.build(run, model), used, clock)
 
 
 def _timed(finalize: Callable[..., None], clock: measure.Clock) -> Callable[..., None]:

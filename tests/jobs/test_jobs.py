@@ -95,6 +95,9 @@ def test_a_run_told_that_time_is_up_saves_is_requeued_and_finishes_without_losin
     assert (first["signal"], 0 < first["signal_to_durable"] < 30) == ("SIGUSR2", True)
     assert second["first_step"]["step"] == first["last_step"]["step"] + 1 == first["last_checkpoint"]["step"]
     assert second["redone_steps"] == 0
+    assert first["backend"].startswith("CPU rig: fp32; layers megatron, norms torch, attention unfused")
+    log = next((folder / "logs").glob("*_0_log.out")).read_text()
+    assert f"computing on {first['backend']}" in log
     assert "68 steps, 544 samples: each read once, as planned; no step done twice" in check_ledger(folder)
     assert "100.0% of" in describe_status(folder)
     assert submit.is_finished(folder)
@@ -128,7 +131,6 @@ def test_a_signal_before_the_imports_are_done_is_neither_lost_nor_fatal(
     attempts = finish(folder, job)
     assert [entry["outcome"] for entry in attempts] == ["time_limit", "finished"]
     assert attempts[0]["last_step"] is None
-    assert attempts[1]["backend"].startswith("CPU rig: fp32; layers megatron, norms torch, attention unfused, ")
 
 
 def test_a_killed_rank_ends_the_attempt_and_the_next_one_goes_on_from_the_last_checkpoint(

@@ -137,7 +137,7 @@ def _train(order: Order, rank: int, size: int) -> Seen | None:
     lines_before = sum(1 for _ in files.read_lines(order.folder / "metrics.jsonl"))
     flag = _FlagAtLook(order.signal_at_look if rank == order.signal_rank else None)
     layout = parallel.start(run, rank, size, rank, order.folder / order.meeting)
-    session = training.Session(run, order.folder, training.read_sources(run), layout, "cpu-rig")
+    session = training.Session(run, order.folder, training.read_sources(run), layout)
     job = session.job(flag, 1, lambda *_: None)
     ended = loop.train(job)
     job.metrics.close()
@@ -154,8 +154,8 @@ def _weights(trainer: Any) -> dict[str, Any]:
     """Parameters and optimizer state of this rank, as numpy arrays by name."""
     from crystal_hpc.train import optim, sharding
 
-    found = {name: p.detach().float().numpy().copy() for name, p in sharding.module(trainer).named_parameters()}
+    found = {name: p.detach().float().cpu().numpy().copy() for name, p in sharding.module(trainer).named_parameters()}
     for inner in optim._inner_optimizers(trainer.optimizer):
         for number, state in enumerate(inner.state.values()):
-            found.update({f"optimizer.{number}.{key}": value.numpy().copy() for key, value in state.items()})
+            found.update({f"optimizer.{number}.{key}": value.cpu().numpy().copy() for key, value in state.items()})
     return found

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crystal_hpc.train.preemption import StopFlag
 
 PATIENCE = 400
@@ -24,8 +26,9 @@ LOG = "log.txt"
 """In the run folder: what rank 0 logged, over all attempts."""
 
 _numbers = itertools.count()
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+# Importing Megatron asks CUDA what there is, after which a process cannot be forked and use a GPU.
+_context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["crystal_hpc.jobs.training", "crystal_hpc.train.loop", "torch._dynamo", "torch.utils.tensorboard", "pytest"]
 )
 
@@ -141,7 +144,7 @@ def attempt(rank: int, size: int, meeting: str, folder: Path, overrides: Sequenc
 
     run = load_run(folder / "run.yaml", tuple(overrides))
     layout = parallel.start(run, rank, size, rank, folder / meeting)
-    session = training.Session(run, folder, training.read_sources(run), layout, "cpu-rig")
+    session = training.Session(run, folder, training.read_sources(run), layout)
     return session, session.job(StopFlag(), 1, lambda *_: None)
 
 
