@@ -5,6 +5,7 @@ Part of `check`. What the machine must have is `model.precision`'s concern, when
 
 from collections.abc import Iterator
 
+from crystal_hpc.config.compute import Recompute
 from crystal_hpc.config.schema import Run
 
 
@@ -39,6 +40,8 @@ def _kernels(run: Run) -> Iterator[str]:
             yield f"kernels.attention: {kernels.attention} needs Transformer Engine, and kernels.layers is megatron"
         if run.parallel.context > 1:
             yield "parallel.context: more than 1 needs Transformer Engine, and kernels.layers is megatron"
+    if run.parallel.context > 1 and (run.precision == "fp32" or kernels.attention == "unfused"):
+        yield "parallel.context: more than 1 needs flash or fused attention, in bf16; unfused attention knows one piece"
     if run.precision == "fp32" and kernels.attention in ("flash", "fused"):
         yield f"kernels.attention: {kernels.attention} computes in 16 bits; make precision bf16"
     if run.deterministic and kernels.cross_entropy == "fused":
@@ -51,9 +54,8 @@ def _recompute(run: Run) -> Iterator[str]:
         yield f"recompute.layers: is for mode: full, and the mode is {recompute.mode}"
     elif recompute.layers and recompute.layers > blocks:
         yield f"recompute.layers: {recompute.layers} is more than the {blocks} blocks of a pipeline stage"
-    delayed = run.fp8 is not None and run.fp8.recipe == "delayed"
-    if recompute.mode == "selective" and "layernorm" in recompute.modules and delayed:
-        yield "recompute.modules: layernorm cannot be recomputed under fp8.recipe: delayed"
+    if recompute.mode != "selective" and recompute.modules != Recompute().modules:
+        yield f"recompute.modules: is for mode: selective, and the mode is {recompute.mode}"
 
 
 def _fp8(run: Run) -> Iterator[str]:

@@ -51,9 +51,9 @@ class Recompute(Strict):
 
     mode: Literal["none", "selective", "full"] = "none"
     """`selective`: parts of each block, as `modules` says; `full`: whole blocks, of which only the input is kept."""
-    modules: list[Literal["core_attn", "layernorm", "mlp"]] = Field(default=["core_attn"], min_length=1)
-    """With `selective`: the parts, in Megatron's words; flash and fused attention recompute `core_attn` anyway, and
-    `layernorm` needs Transformer Engine."""
+    modules: list[Literal["core_attn", "mlp"]] = Field(default=["core_attn"], min_length=1)
+    """With `selective`: the parts, in Megatron's words. Flash and fused attention keep none of `core_attn` anyway, so
+    that it saves memory with unfused attention alone."""
     layers: Positive | None = None
     """With `full`: how many blocks of each pipeline stage, the first ones; without it, all."""
 
@@ -69,8 +69,8 @@ class Kernels(Strict):
     """The rotation of queries and keys in one kernel, with sines and cosines in float32, which `unfused` rounds to the
     run's precision; needs Transformer Engine."""
     activation: Literal["auto", "fused", "unfused"] = "auto"
-    """SwiGLU and its bias in one compiled kernel; needs a GPU and Triton."""
+    """SwiGLU and its bias in one compiled kernel, and biases with what they are added to; needs a GPU and Triton."""
     cross_entropy: Literal["auto", "fused", "unfused"] = "auto"
-    """The loss without a float32 copy of all logits; needs a GPU and Triton."""
+    """The loss without a float32 copy of all logits; needs Transformer Engine and Triton."""
     gradient_accumulation: Literal["auto", "fused", "unfused"] = "auto"
     """Weight gradients added to the float32 buffer inside the matrix product; Transformer Engine or NVIDIA's apex."""

@@ -132,7 +132,8 @@ class Activations:
         # Of the residual stream and the norms: the tensor ranks share it with sequence parallelism.
         self.stream = self.tokens // (parallel.tensor if parallel.sequence else 1)
         self.engine = gpu and kernels.layers != "megatron"
-        self.scores_kept = not self.engine or kernels.attention == "unfused"
+        # Flash and fused attention compute in 16 bits.
+        self.scores_kept = not self.engine or kernels.attention == "unfused" or run.precision == "fp32"
         self.recomputed = set(run.recompute.modules) if run.recompute.mode == "selective" else set()
 
     def saved(self, stage: int) -> int:
@@ -168,8 +169,6 @@ class Activations:
         kept = self._block(layer)
         if "core_attn" in self.recomputed:
             kept -= self._scores()
-        if "layernorm" in self.recomputed and not self.engine:  # Transformer Engine's norms are part of its matrices
-            kept -= 2 * self._hidden()
         if "mlp" in self.recomputed:
             kept -= self._mlp(layer) + (self._norm(self._input_size(layer)) - self._hidden() if self.engine else 0)
         return kept

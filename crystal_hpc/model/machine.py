@@ -81,7 +81,7 @@ def _transformer_engine() -> tuple[tuple[int, ...], str]:
         found = importlib.import_module("transformer_engine")
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # a library that does not load raises what it likes
-        return (), f"it cannot be imported ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        return (), f"it cannot be imported ({type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]})"
     return tuple(int(part) for part in str(found.__version__).split("+")[0].split(".")[:2]), ""
 
 

@@ -29,6 +29,14 @@ ALIGNED = 128
 cores want (NVIDIA's guide to matrix multiplication: 128 bytes at least)."""
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
+DETERMINISTIC = {
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_ALGO": ("Ring", "Tree"),
+}
+"""Variables without which the same bits do not come twice, and what they may be, the first unless told otherwise:
+Transformer Engine's, cuBLAS's (its manual, section 2.1.4) and NCCL's."""
+
 
 @dataclass(frozen=True)
 class Used:
@@ -135,8 +143,6 @@ def _missing(run: Run, machine: Machine) -> list[str]:
             "kernels.cross_entropy: fused": kernels.cross_entropy == "fused",
             "fp8": run.fp8 is not None,
             f"parallel.context: {run.parallel.context}": run.parallel.context > 1,
-            # Megatron's code for it names something that is only defined where Transformer Engine is.
-            "recompute.modules: layernorm": run.recompute.mode == "selective" and "layernorm" in run.recompute.modules,
         }
         missing += [f"Transformer Engine for {key} ({why})" for key, asked in asks.items() if asked]
     elif kernels.rotary == "fused" and run.model.rotary_interleaved and machine.transformer_engine < (2, 3):
@@ -234,15 +240,17 @@ def prepare_process(run: Run) -> None:
     Raises BackendError where the environment says otherwise.
     """
     torch.use_deterministic_algorithms(run.deterministic)
-    wanted = {}
+    wanted: dict[str, str] = {}
     if run.parallel.tensor > 1 or run.parallel.context > 1:
         wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # kernels start in order, so that communication is under way first
     if run.deterministic:
-        wanted |= {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+        wanted |= {name: choices[0] for name, choices in DETERMINISTIC.items()}
     for name, value in wanted.items():
-        found = os.environ.setdefault(name, value)
-        if run.deterministic and name == "NVTE_ALLOW_NONDETERMINISTIC_ALGO" and found != value:
-            raise BackendError(f"{name}: is {found}, and deterministic: true needs {value}; leave it out")
+        found, choices = os.environ.setdefault(name, value), DETERMINISTIC.get(name)
+        if choices and found not in choices:
+            raise BackendError(
+                f"{name}: is {found}, and deterministic: true needs {' or '.join(choices)}; leave it out"
+            )
     clash = [name for name in ATTENTION_VARIABLES if os.environ.get(name) not in (None, _attention_variable(run, name))]
     if clash:
         raise BackendError(f"{clash[0]}: is {os.environ[clash[0]]}; leave it out and set kernels.attention instead")

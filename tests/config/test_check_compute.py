@@ -35,7 +35,7 @@ def problems(**changes: Any) -> list[str]:
         {"parallel": {"tensor": 2, "sequence": True, "context": 2}},
         {"parallel": {"overlap_gradients": True, "overlap_parameters": True}},
         {"recompute": {"mode": "full", "layers": 4}},
-        {"recompute": {"mode": "selective", "modules": ["layernorm", "mlp"]}},
+        {"recompute": {"mode": "selective", "modules": ["core_attn", "mlp"]}},
         {"fp8": {"recipe": "delayed"}},
         {"fp8": {"recipe": "tensorwise", "bf16_first_layers": 1, "bf16_last_layers": 2}},
         {"fp8": {"recipe": "blockwise", "format": "e4m3"}, "parallel": {"tensor": 2}},
@@ -81,8 +81,16 @@ def test_what_can_work_somewhere_is_accepted(good: dict[str, Any]) -> None:
             "recompute.layers: 3 is more than the 2 blocks of a pipeline stage",
         ),
         (
-            {"recompute": {"mode": "selective", "modules": ["layernorm"]}, "fp8": {"recipe": "delayed"}},
-            "recompute.modules: layernorm cannot be recomputed under fp8.recipe: delayed",
+            {"recompute": {"mode": "full", "modules": ["mlp"]}},
+            "recompute.modules: is for mode: selective, and the mode is full",
+        ),
+        (
+            {"parallel": {"context": 2}, "kernels": {"attention": "unfused"}},
+            "parallel.context: more than 1 needs flash or fused attention, in bf16; unfused attention knows one piece",
+        ),
+        (
+            {"parallel": {"context": 2}, "precision": "fp32"},
+            "parallel.context: more than 1 needs flash or fused attention, in bf16; unfused attention knows one piece",
         ),
         (
             {"fp8": TENSORWISE, "precision": "fp32"},
