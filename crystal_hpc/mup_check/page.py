@@ -49,10 +49,7 @@ def write_page(folder: Path, run: Run, results: Sequence[figures.Result]) -> lis
             files.write_file(folder / f"{name}.svg", drawing)
             parts += [drawing, f"<pre>{text(chr(10).join(lines))}</pre>"]
             said += lines
-    head = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>muP check</title>\n<style>{_PAGE}</style>\n'
-    )
-    files.write_file(folder / "report.html", head + "\n".join(parts) + "\n</html>\n")
+    files.write_file(folder / "report.html", _PAGE + "\n".join(parts) + "\n</html>\n")
     return said
 
 
@@ -65,7 +62,8 @@ def tell_coordinates(results: Sequence[figures.Result]) -> list[str]:
     for mup, label in LABELS.items():
         low, high = figures.extremes(results, mup)
         word = "flat" if -figures.FLAT <= low <= high <= figures.FLAT else "not flat"
-        lines.append(f"{label}: {word}; slopes from {low:+.2f} to {high:+.2f} (flat: within {figures.FLAT:g})")
+        slopes = f"slopes from {low:+.2f} to {high:+.2f} (flat: within {figures.FLAT:g})"
+        lines.append(f"{label}: {word}; {'some widths diverged' if math.isnan(low) else slopes}")
     return lines
 
 
@@ -86,8 +84,10 @@ def draw_coordinates(results: Sequence[figures.Result]) -> str:
         curves = {}
         for part in _few(list(figures.slopes(results, mup))):
             sizes = figures.by_width(results, mup, part, -1)
-            first = next(iter(sizes.values())) or math.nan
-            curves[part] = {width: size and _logarithm(size / first) for width, size in sizes.items()}
+            first = next(iter(sizes.values()))  # without it, or a size, there is no point
+            curves[part] = {
+                width: _logarithm(size / first) if size and first else None for width, size in sizes.items()
+            }
         panels[mup] = curves
     return _panels(
         panels,
@@ -199,7 +199,7 @@ def _tone(index: int) -> str:
 
 
 def _logarithm(ratio: float) -> float:
-    return math.log2(ratio) if ratio > 0 else math.nan
+    return math.log2(ratio)
 
 
 def _signed(value: float | None) -> str:

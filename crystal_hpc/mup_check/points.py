@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from crystal_hpc.config import derive
+from crystal_hpc.config.check import run_problems
 from crystal_hpc.config.compute import Parallel
 from crystal_hpc.config.schema import Run
 from crystal_hpc.errors import ConfigError
@@ -75,6 +76,11 @@ def points(run: Run, sweep: Sweep) -> list[Point]:
             rate, steps = sweep.coordinate_rate, sweep.coordinate_steps
             short = at_width(run, width, mup, rate, steps, constant=True)
             found.append(Point("coordinates", mup, width, rate, short))
+    problems = list(
+        dict.fromkeys(f"width {point.width}: {said}" for point in found for said in run_problems(point.run))
+    )
+    if problems:
+        raise ConfigError(problems, f"run {run.name}")
     return sorted(found, key=lambda point: (-point.width, point.name))
 
 
@@ -94,6 +100,8 @@ def at_width(run: Run, width: int, mup: bool, rate: float, steps: int, constant:
     schedule = {"peak": rate, "warmup_steps": 0, "decay": "constant", "end": 0.0, "decay_steps": None}
     if not constant:
         schedule |= {"warmup_steps": -(-steps // 10), "decay": "linear"}
+    sources = {name: store for name, store in run.data.sources.items() if name in phase.mixture}
+    read = {"sources": sources, "held_out": {}, "most_epochs": {}}
     short = {
         "steps": steps,
         "tokens": None,
@@ -106,7 +114,8 @@ def at_width(run: Run, width: int, mup: bool, rate: float, steps: int, constant:
             "model": model.model_copy(update={**shape, "init_std": std}),
             "mup": run.mup if mup else None,
             "parallel": Parallel(micro_batch=run.parallel.micro_batch, distributed_optimizer=False),
-            "data": run.data.model_copy(update={"most_epochs": {}}),
+            "data": run.data.model_copy(update=read),
+            "fp8": None,  # the probe runs outside Megatron's schedule, where 8-bit copies of weights are not renewed
             "phases": [phase.model_copy(update=short)],
             "start_from": None,
         }

@@ -1,10 +1,12 @@
 """Slopes and best rates, from made-up results."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from crystal_hpc.config.load import load_run
 from crystal_hpc.mup_check import figures, page
 
 
@@ -41,6 +43,22 @@ def test_an_activation_that_is_no_longer_a_number_is_not_flat() -> None:
     results[1]["changes"]["logits"][1] = None
     assert math.isnan(figures.extremes(results, True)[1])
     assert any(line.startswith("muP: not flat") for line in page.tell_coordinates(results))
+
+
+def test_of_what_has_diverged_nothing_is_drawn_and_the_verdict_says_so() -> None:
+    results = [measured(mup, width, 0.0) for mup in (True, False) for width in (64, 128)]
+    results[0]["changes"]["logits"][1] = None
+    results[1]["changes"]["embedding"][1] = 0.0
+    assert "muP: not flat; some widths diverged" in page.tell_coordinates(results)
+    assert "nan" not in page.draw_coordinates(results)
+
+
+def test_the_page_is_one_document(tmp_path: Path, narrow_file: Path) -> None:
+    results = [measured(mup, width, 1.0) for mup in (True, False) for width in (64, 128)]
+    page.write_page(tmp_path, load_run(narrow_file), results)
+    content = (tmp_path / "report.html").read_text()
+    assert content.startswith("<!DOCTYPE html>")
+    assert (content.count("<!DOCTYPE"), content.count("<style>"), content.count("</style>")) == (1, 2, 2)
 
 
 def test_the_best_rate_is_that_of_the_least_loss_and_its_transfer_costs_what_it_costs() -> None:

@@ -68,6 +68,19 @@ def test_what_cannot_be_swept_is_an_error_that_says_why(run: Run, wrong: dict[st
         points(run, replace(SWEEP, **wrong))  # type: ignore[arg-type]
 
 
+def test_only_the_first_phase_is_read_and_what_is_not_renewed_outside_a_job_is_left_out(narrow_file: Path) -> None:
+    run = load_run(narrow_file, ["precision=bf16", "fp8={recipe: tensorwise}"])
+    narrow = at_width(run, 64, True, 0.01, 20)
+    assert narrow.fp8 is None
+    assert (set(narrow.data.sources), narrow.data.held_out) == (set(run.phases[0].mixture), {})
+
+
+def test_a_width_that_cannot_be_trained_is_named(run: Run) -> None:
+    three = run.model_copy(update={"parallel": run.parallel.model_copy(update={"micro_batch": 3})})
+    with pytest.raises(ConfigError, match="width 128: phases.0.batch_size"):
+        points(three, SWEEP)
+
+
 def test_a_run_without_mup_has_nothing_to_check(narrow_file: Path) -> None:
     with pytest.raises(ConfigError, match="mup: the run does not use it"):
         points(load_run(narrow_file, ["mup=null"]), SWEEP)
