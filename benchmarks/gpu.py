@@ -8,8 +8,9 @@ Also: losses over 200 steps of real text (Python's standard library, a byte a to
 
     python benchmarks/gpu.py [--models 1b,7b-slice,160m] [--turns 3] [--steps 3] [--json FILE] [--quick]
 
-Takes some nine minutes; figures are written after every shape. Exit code 0 if all aims are met, 1 if not, 2 without a
-GPU. `--rig` runs all of it that a CPU can, at toy size: it shows that it runs, and measures nothing.
+Made for a quarter of an hour of an H100 or H200, not timed on one yet; figures are written after every shape. Exit code
+0 if all aims are met, 1 if not, 2 without a GPU. `--rig` runs all of it that a CPU can, at toy size: it shows that it
+runs, and measures nothing.
 """
 
 import argparse
