@@ -72,7 +72,7 @@ def _fp8(run: Run) -> Iterator[str]:
     if max(kept) > blocks or sum(kept) >= model.layers:
         yield f"fp8: {kept[0]} + {kept[1]} blocks in bf16 do not fit {model.layers} in stages of {blocks}; keep fewer"
     # Of matrix products in 8 bits every dimension is cut into vectors of 16, or into blocks. The feed-forward width is
-    # padded to fit (`model.precision.padded_ffn`); these are not.
+    # padded to fit (`memory.padded_ffn`); these are not.
     multiple = 128 if fp8.recipe == "blockwise" else 16
     share = multiple * parallel.tensor
     if model.hidden % share:

@@ -17,6 +17,8 @@ from crystal_hpc.config.devices import GIB
 from crystal_hpc.config.schema import Phase, Run
 
 ALIGNED = 128
+"""On a GPU each rank's feed-forward width is padded to a multiple of this: the block of `blockwise`, and what tensor
+cores want (NVIDIA's guide to matrix multiplication: 128 bytes at least)."""
 FLOAT, INDEX = 4, 8  # bytes of a float32 and of a token's id
 ALLOWANCE = 2 * GIB
 ALLOWANCE_SHARE = 0.05
@@ -58,9 +60,14 @@ def stages(run: Run, phase: Phase, ranks: int, gpu: bool = True) -> list[StageMe
     return [_stage(run, phase, ranks, stage, gpu) for stage in range(run.parallel.pipeline)]
 
 
-def padded_ffn(run: Run) -> int:
-    """The feed-forward width in a GPU's memory, as `model.precision` pads it."""
-    multiple = ALIGNED * run.parallel.tensor
+def padded_ffn(run: Run, gpu: bool = True) -> int:
+    """The feed-forward width in memory: on a GPU, a multiple of 128 for each tensor-parallel rank.
+
+    What is added is zero and stays zero for ever: silu(0) * 0 is 0, so the added columns of fc2 get no gradient; they
+    are zero, so the added rows of fc1 get none; and neither Adam nor weight decay moves a zero without a gradient.
+    Checkpoints leave it out (`train.sharding`).
+    """
+    multiple = (ALIGNED if gpu else 1) * run.parallel.tensor
     return math.ceil(run.model.ffn / multiple) * multiple
 
 

@@ -92,7 +92,7 @@ def _key(seed: int, name: str) -> int:
 
 
 def _padded(name: str, padding: int) -> tuple[int, int]:
-    """How many rows and columns of a matrix are there only to pad the feed-forward width (`precision.padded_ffn`)."""
+    """How many rows and columns of a matrix are there only to pad the feed-forward width (`memory.padded_ffn`)."""
     fc1, fc2 = name.endswith("linear_fc1.weight"), name.endswith("linear_fc2.weight")
     return (2 * padding if fc1 else 0, padding if fc2 else 0)
 

@@ -5,13 +5,13 @@ the journal (`Used.line`). Asking for what the machine lacks is an error that na
 must not quietly be computed in another way than its config says.
 """
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from crystal_hpc.config import memory
 from crystal_hpc.config.schema import Run
 from crystal_hpc.errors import BackendError
 from crystal_hpc.model import backend
@@ -24,9 +24,6 @@ with backend.quiet():
 
 AMAX_HISTORY = 1024
 """Steps over which delayed scaling looks back, and it takes their largest value: Transformer Engine's defaults."""
-ALIGNED = 128
-"""On a GPU each rank's feed-forward width is padded to a multiple of this: the block of `blockwise`, and what tensor
-cores want (NVIDIA's guide to matrix multiplication: 128 bytes at least)."""
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 DETERMINISTIC = {
@@ -87,21 +84,10 @@ def choose(run: Run, machine: Machine) -> Used:
         activation=_picked(kernels.activation, machine.triton),
         cross_entropy=_picked(kernels.cross_entropy, engine and machine.triton and not run.deterministic),
         gradient_accumulation="unfused" if kernels.gradient_accumulation == "unfused" else gradients,
-        ffn=padded_ffn(run, machine),
+        ffn=memory.padded_ffn(run, bool(machine.gpu)),
         recompute=_recompute_in_words(run),
         deterministic=run.deterministic,
     )
-
-
-def padded_ffn(run: Run, machine: Machine) -> int:
-    """The feed-forward width in memory: on a GPU, a multiple of 128 for each tensor-parallel rank.
-
-    What is added is zero and stays zero for ever: silu(0) * 0 is 0, so the added columns of fc2 get no gradient; they
-    are zero, so the added rows of fc1 get none; and neither Adam nor weight decay moves a zero without a gradient.
-    Checkpoints leave it out (`train.sharding`).
-    """
-    multiple = (ALIGNED if machine.gpu else 1) * run.parallel.tensor
-    return math.ceil(run.model.ffn / multiple) * multiple
 
 
 def _uses_engine(run: Run, machine: Machine) -> bool:

@@ -58,7 +58,7 @@ class _Place:
     start: int
     """First element of the stretch in the parameter."""
     held: Index
-    """`size` without what pads the feed-forward width; no checkpoint has that (`model.precision.padded_ffn`)."""
+    """`size` without what pads the feed-forward width; no checkpoint has that (`config.memory.padded_ffn`)."""
     ours: bool
     """Whether this rank, and those that differ only in their data-parallel rank, are the ones that save it."""
 

@@ -95,6 +95,11 @@ def test_scores_of_all_pairs_of_tokens_are_kept_by_megatrons_layers_unless_recom
     assert again.working - kept.working == 32 * 8 * 2048**2 * 6
 
 
+def test_float32_leaves_unfused_attention_alone_which_keeps_its_scores() -> None:
+    ways = "precision=fp32", "precision=fp32 kernels.attention=unfused"
+    assert stages(seven_b(*ways[0].split())) == stages(seven_b(*ways[1].split()))
+
+
 def test_eight_bit_weights_are_kept_twice_beside_those_in_bfloat16() -> None:
     (base,) = stages(seven_b())
     (eight,) = stages(seven_b("fp8={recipe: tensorwise, bf16_first_layers: 1, bf16_last_layers: 1}"))
