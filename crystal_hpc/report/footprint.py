@@ -40,6 +40,12 @@ def describe_memory(run: Run, cluster: Cluster | None = None) -> str:
     )
     if run.kernels.layers != "megatron":
         lines += note("activations are those of Transformer Engine; Megatron's own layers keep attention scores, too")
+        unfused = run.kernels.attention == "unfused" or run.precision == "fp32"
+        if run.recompute.mode == "selective" and "core_attn" in run.recompute.modules and not unfused:
+            lines += note(
+                "recompute.modules: core_attn takes time and saves nothing here, as flash and fused attention keep no "
+                "scores; choose mlp, or mode: full"
+            )
     return "\n".join(lines)
 
 

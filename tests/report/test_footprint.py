@@ -128,6 +128,13 @@ def test_a_run_that_does_not_fit_the_clusters_gpus_is_told_so() -> None:
     assert "does not fit" not in describe_memory(run, cluster(gpu="gb200"))
 
 
+def test_recomputation_that_saves_nothing_is_pointed_out() -> None:
+    said = "core_attn takes time and saves nothing here"
+    assert said in describe_memory(seven_b("recompute.mode=selective"))
+    assert said not in describe_memory(seven_b("recompute.mode=selective", "kernels.attention=unfused"))
+    assert said not in describe_memory(seven_b("recompute={mode: selective, modules: [mlp]}"))
+
+
 def test_without_a_cluster_one_data_parallel_rank_has_the_whole_state() -> None:
     assert "1 rank (DP 1)" in describe_memory(seven_b())
     assert "4 ranks (TP 2 x PP 2 x DP 1)" in describe_memory(seven_b("parallel.tensor=2", "parallel.pipeline=2"))
