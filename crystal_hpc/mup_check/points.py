@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crystal_hpc.config import derive
+from crystal_hpc.config import check, derive
 from crystal_hpc.config.check import run_problems
 from crystal_hpc.config.compute import Parallel
 from crystal_hpc.config.schema import Run
@@ -85,7 +85,10 @@ def points(run: Run, sweep: Sweep) -> list[Point]:
 
 
 def at_width(run: Run, width: int, mup: bool, rate: float, steps: int, constant: bool = False) -> Run:
-    """The first phase of a run, shortened, on one rank, with the model made `width` wide.
+    """The first phase of a run, shortened, on one rank, with the model made `width` wide, and that phase's stores.
+
+    Not in 8 bits: Transformer Engine keeps weights that it has cast until a schedule says that there are new ones, so
+    the coordinate check, which runs the model between steps, would see old ones.
 
     Without muP the model is in standard parametrisation (table 3 of arXiv 2203.03466): one learning rate, no
     multipliers, scores divided by the root of the head width. Its weights still start with a variance of 1 / width, as
@@ -108,6 +111,11 @@ def at_width(run: Run, width: int, mup: bool, rate: float, steps: int, constant:
         "learning_rate": phase.learning_rate.model_copy(update=schedule),
         "checkpoint_every": None,
         "keep_every": None,
+    }
+    data = {
+        "sources": {name: folder for name, folder in run.data.sources.items() if name in phase.mixture},
+        "held_out": {},
+        "most_epochs": {},
     }
     return run.model_copy(
         update={
@@ -143,4 +151,9 @@ def _problems(run: Run, sweep: Sweep) -> Iterator[str]:
                 yield (
                     f"width {width}: not a multiple of the heads' width, {head} (model.hidden / model.heads); "
                     f"choose {near} or {near + head}"
+                )
+            elif width * run.model.ffn < run.model.hidden:
+                yield (
+                    f"width {width}: leaves nothing of model.ffn = {run.model.ffn}, which keeps its proportion to "
+                    f"model.hidden = {run.model.hidden}; choose {-(-run.model.hidden // run.model.ffn)} or more"
                 )
