@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crystal_hpc.config import check, derive
+from crystal_hpc.config import derive
 from crystal_hpc.config.check import run_problems
 from crystal_hpc.config.compute import Parallel
 from crystal_hpc.config.schema import Run
@@ -85,10 +85,7 @@ def points(run: Run, sweep: Sweep) -> list[Point]:
 
 
 def at_width(run: Run, width: int, mup: bool, rate: float, steps: int, constant: bool = False) -> Run:
-    """The first phase of a run, shortened, on one rank, with the model made `width` wide, and that phase's stores.
-
-    Not in 8 bits: Transformer Engine keeps weights that it has cast until a schedule says that there are new ones, so
-    the coordinate check, which runs the model between steps, would see old ones.
+    """The first phase of a run, shortened, on one rank, with the model made `width` wide.
 
     Without muP the model is in standard parametrisation (table 3 of arXiv 2203.03466): one learning rate, no
     multipliers, scores divided by the root of the head width. Its weights still start with a variance of 1 / width, as
@@ -111,11 +108,6 @@ def at_width(run: Run, width: int, mup: bool, rate: float, steps: int, constant:
         "learning_rate": phase.learning_rate.model_copy(update=schedule),
         "checkpoint_every": None,
         "keep_every": None,
-    }
-    data = {
-        "sources": {name: folder for name, folder in run.data.sources.items() if name in phase.mixture},
-        "held_out": {},
-        "most_epochs": {},
     }
     return run.model_copy(
         update={

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from crystal_hpc.config import derive
-from crystal_hpc.config.compute import Fp8, Kernels
 from crystal_hpc.config.load import load_run
 from crystal_hpc.config.schema import Run
 from crystal_hpc.errors import ConfigError
@@ -33,22 +32,6 @@ def test_a_wider_model_has_more_heads_of_the_same_width(run: Run) -> None:
     assert (wide.model.hidden, wide.model.heads, wide.model.ffn, wide.model.layers) == (256, 16, 680, 1)
     assert wide.mup == run.mup
     assert (wide.parallel.tensor, wide.parallel.pipeline, len(wide.phases)) == (1, 1, 1)
-
-
-def test_it_is_trained_in_16_or_32_bits_and_reads_only_the_stores_of_the_first_phase(run: Run) -> None:
-    short = at_width(run.model_copy(update={"precision": "bf16", "fp8": Fp8(recipe="delayed")}), 64, True, 0.01, 20)
-    assert (short.precision, short.fp8) == ("bf16", None)
-    assert short.data.sources.keys() == run.phases[0].mixture.keys() == {"prose"}
-    assert short.data.held_out == {}
-
-
-def test_a_width_that_the_rest_of_the_config_forbids_is_one_line(narrow_file: Path, run: Run) -> None:
-    with pytest.raises(ConfigError, match=r"width 16: leaves nothing of model.ffn = 3, .* choose 22 or more$") as raised:
-        points(load_run(narrow_file, ["model.ffn=3"]), replace(SWEEP, widths=[16, 64]))
-    assert len(str(raised.value).splitlines()) == 1
-    in_16_bits = run.model_copy(update={"kernels": Kernels(attention="flash")})
-    with pytest.raises(ConfigError, match=r"width 128: kernels.attention: flash computes in 16 bits"):
-        points(in_16_bits, SWEEP)
 
 
 def test_without_mup_weights_start_alike_at_the_base_width_and_as_small_when_wider(run: Run) -> None:
@@ -96,6 +79,12 @@ def test_a_width_that_cannot_be_trained_is_named(run: Run) -> None:
     three = run.model_copy(update={"parallel": run.parallel.model_copy(update={"micro_batch": 3})})
     with pytest.raises(ConfigError, match="width 128: phases.0.batch_size"):
         points(three, SWEEP)
+
+
+def test_a_width_of_which_no_feed_forward_network_is_left_is_named(narrow_file: Path) -> None:
+    flat = load_run(narrow_file, ["model.ffn=3"])
+    with pytest.raises(ConfigError, match="width 16: leaves nothing of model.ffn = 3, .* choose 22 or more"):
+        points(flat, replace(SWEEP, widths=[16, 64]))
 
 
 def test_a_run_without_mup_has_nothing_to_check(narrow_file: Path) -> None:
