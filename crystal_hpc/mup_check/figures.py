@@ -45,6 +45,17 @@ def extremes(results: Sequence[Result], mup: bool) -> tuple[float, float]:
     return (min(known), max(known)) if known and len(known) == len(last) else (math.nan, math.nan)
 
 
+def diverged(results: Sequence[Result], mup: bool) -> list[int]:
+    """Widths of the coordinate check at which some activation was no longer a number after the last step."""
+    last = [by_width(results, mup, part, -1) for part in slopes(results, mup)]
+    return sorted({int(width) for sizes in last for width, size in sizes.items() if size is None})
+
+
+def unmoved(results: Sequence[Result], mup: bool) -> list[str]:
+    """Activations whose change after the last step was zero at some width, so that they have no slope."""
+    return [part for part in slopes(results, mup) if 0 in by_width(results, mup, part, -1).values()]
+
+
 @dataclass(frozen=True)
 class Best:
     """The best learning rate of one width."""

@@ -17,21 +17,23 @@ from crystal_hpc.report.chart import Frame, text
 
 _WIDTH, _HEIGHT, _TOP = 540, 380, 84
 SHOWN = 0.85
-"""Share of the losses that the drawing of the transfer spans; the rest, at the largest rates, is far above."""
+"""Share of the losses that the drawing of the transfer spans; to the rest, far above, lines lead out of the plot."""
 _STYLE = """
 svg{--page:#fbfbf9;--ink:#16161a;--soft:#55545a;--faint:#6f6e74;--rule:#e3e2dc;--rest:#b4b3ac;background:var(--page);
 font-family:system-ui,sans-serif}
 @media (prefers-color-scheme:dark){svg{--page:#17171a;--ink:#f1f0ec;--soft:#bdbcb6;--faint:#a3a29e;--rule:#323236;
 --rest:#5d5d63}}
-.line{fill:none;stroke:var(--t);stroke-width:2}
+.line{fill:none;stroke:var(--t);stroke-width:2}.dot{fill:var(--t)}
+.chart .note{fill:var(--ink);paint-order:stroke;stroke:var(--page);stroke-width:3px}
 """
-_PAGE = """<!DOCTYPE html>
+_DRAWING_STYLE = f"<style>{chart.STYLE}{_STYLE}</style>"
+_HEAD = f"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <title>muP check</title>
 <style>
-body{max-width:1120px;margin:32px auto;padding:0 20px;font:15px/1.5 system-ui,sans-serif;color-scheme:light dark}
-</style>
+body{{max-width:1120px;margin:32px auto;padding:0 20px;font:15px/1.5 system-ui,sans-serif;color-scheme:light dark}}
+{chart.STYLE}{_STYLE}</style>
 """
 Curve = Mapping[float, float | None]
 
@@ -47,9 +49,9 @@ def write_page(folder: Path, run: Run, results: Sequence[figures.Result]) -> lis
         if any(one["kind"] == name for one in results):
             drawing, lines = draw(results), tell(results)
             files.write_file(folder / f"{name}.svg", drawing)
-            parts += [drawing, f"<pre>{text(chr(10).join(lines))}</pre>"]
+            parts += [drawing.replace(_DRAWING_STYLE, ""), f"<pre>{text(chr(10).join(lines))}</pre>"]
             said += lines
-    files.write_file(folder / "report.html", _PAGE + "\n".join(parts) + "\n</html>\n")
+    files.write_file(folder / "report.html", _HEAD + "\n".join(parts) + "\n</html>\n")
     return said
 
 
@@ -62,8 +64,8 @@ def tell_coordinates(results: Sequence[figures.Result]) -> list[str]:
     for mup, label in LABELS.items():
         low, high = figures.extremes(results, mup)
         word = "flat" if -figures.FLAT <= low <= high <= figures.FLAT else "not flat"
-        slopes = f"slopes from {low:+.2f} to {high:+.2f} (flat: within {figures.FLAT:g})"
-        lines.append(f"{label}: {word}; {'some widths diverged' if math.isnan(low) else slopes}")
+        said = _missing(results, mup) or f"slopes from {low:+.2f} to {high:+.2f} (flat: within {figures.FLAT:g})"
+        lines.append(f"{label}: {word}; {said}")
     return lines
 
 
@@ -78,70 +80,86 @@ def tell_transfer(results: Sequence[figures.Result]) -> list[str]:
 
 
 def draw_coordinates(results: Sequence[figures.Result]) -> str:
-    """The change of each activation after the last step, by width, as a multiple of that of the narrowest width."""
-    panels = {}
+    """The change of each activation after the last step, by width, as a multiple of that of the narrowest width.
+
+    What is not a number, or zero, is left out, and said; another width is then the narrowest.
+    """
+    panels: dict[bool, dict[str, Curve]] = {}
     for mup in LABELS:
-        curves = {}
+        panels[mup] = {}
         for part in _few(list(figures.slopes(results, mup))):
             sizes = figures.by_width(results, mup, part, -1)
-            first = next(iter(sizes.values()))  # without it, or a size, there is no point
-            curves[part] = {
-                width: _logarithm(size / first) if size and first else None for width, size in sizes.items()
-            }
-        panels[mup] = curves
+            first = next((size for size in sizes.values() if size), None)
+            panels[mup][part] = {width: math.log2(size / first) if size else None for width, size in sizes.items()}
     return _panels(
         panels,
         "change of activations since step 0, relative to the narrowest width",
         "width",
         y_name=lambda octave: f"{2**octave:g}\N{MULTIPLICATION SIGN}",
-        least=(-1.0, 2.0),
+        span=(-1.0, 2.0),
+        notes={mup: _missing(results, mup) for mup in LABELS},
     )
 
 
 def draw_transfer(results: Sequence[figures.Result]) -> str:
-    """Loss at the end by learning rate, a line a width, the best of each marked; what is off the scale is left out."""
+    """Loss at the end by learning rate, a line a width, the best of each marked; lines to what is far above are cut."""
     found = {mup: figures.losses(results, mup) for mup in LABELS}
-    every = [by_rate for by_width in found.values() for by_rate in by_width.values()]
-    finite = sorted(loss for by_rate in every for loss in by_rate.values() if loss is not None)
-    most = finite[int(SHOWN * (len(finite) - 1))] if finite else 0.0
+    losses = sorted(one["loss"] for one in results if one["kind"] == "transfer" and one["loss"] is not None)
+    best = [best.loss for mup in LABELS for best in figures.best_rates(results, mup).values()]
+    notes = {}
+    for mup, by_width in found.items():
+        gone = [f"{width} at {rate:g}" for width, curve in by_width.items() for rate in curve if curve[rate] is None]
+        notes[mup] = f"diverged: width {', '.join(gone)}" if gone else ""
+    return _panels(
+        {mup: {f"width {width}": curve for width, curve in by_width.items()} for mup, by_width in found.items()},
+        "loss, mean of the last tenth of the steps, nats a token; the best rate is marked",
+        "peak learning rate",
+        span=(losses[0], max(losses[int(SHOWN * (len(losses) - 1))], *best)) if losses else (0.0, 1.0),
+        notes=notes,
+        mark_least=True,
+    )
 
-    def cut(by_rate: Curve) -> Curve:
-        return {rate: loss if loss is not None and loss <= most else None for rate, loss in by_rate.items()}
 
-    shown = {
-        mup: {f"width {width}": cut(by_rate) for width, by_rate in by_width.items()} for mup, by_width in found.items()
-    }
-    return _panels(shown, "loss after the last step, nats a token", "peak learning rate", mark_least=True)
+def _missing(results: Sequence[figures.Result], mup: bool) -> str:
+    """Which widths have diverged, and which activations have not moved, in words; empty if none."""
+    gone, still = figures.diverged(results, mup), figures.unmoved(results, mup)
+    said = [f"diverged: width {', '.join(map(str, gone))}"] if gone else []
+    return "; ".join([*said, f"no change at all: {', '.join(still)}"] if still else said)
 
 
 def _panels(
     panels: Mapping[bool, Mapping[str, Curve]],
     title: str,
     x_name: str,
+    span: tuple[float, float],
+    notes: Mapping[bool, str],
     y_name: Any = lambda value: f"{value:.4g}",
-    least: tuple[float, float] | None = None,
     mark_least: bool = False,
 ) -> str:
-    """Two plots side by side, on the same axes. `x` is drawn by its logarithm; `least` is what y spans at least."""
+    """Two plots side by side, on the same axes; x is drawn by its logarithm.
+
+    `span`: what y spans. With `mark_least` lines are cut there; without, it is the least, and y spans all there is.
+    """
     curves = [curve for panel in panels.values() for curve in panel.values()]
     xs = sorted({x for curve in curves for x in curve})
-    ys = [y for curve in curves for y in curve.values() if y is not None]
-    low, high = min([*ys, *(least or ())]), max([*ys, *(least or ())])
+    ys = [*span] if mark_least else [*span, *(y for curve in curves for y in curve.values() if y is not None)]
+    low, high = min(ys), max(ys)
     margin = 0.05 * (high - low) or 0.5
-    span = round(1000 * _logarithm(xs[-1] / xs[0]))
-    frame = Frame(_WIDTH, _HEIGHT, _TOP, 46, span, low - margin, high + margin, right=24)
+    octaves = round(1000 * math.log2(xs[-1] / xs[0]))
+    frame = Frame(_WIDTH, _HEIGHT, _TOP, 46, octaves, low - margin, high + margin, right=24)
+    place = f'x="{frame.left}" y="{frame.top}" width="{frame.width - frame.left}" height="{frame.floor - frame.top}"'
     drawn = []
     for index, (mup, panel) in enumerate(panels.items()):
         body = "".join((*_axes(frame, xs, x_name, y_name), *_curves(frame, panel, xs[0], mark_least)))
         name = {True: "With muP", False: "Standard parametrisation"}[mup]
         heading = f'<text class="name" x="{frame.left}" y="16">{name}</text>'
         heading += f'<text x="{frame.left}" y="32">{text(title)}</text>'
+        body += f'<text class="note" x="{frame.left + 6}" y="{frame.floor - 8}">{text(notes[mup])}</text>'
         drawn.append(f'<g transform="translate({index * _WIDTH},0)">{heading}{_legend(frame, list(panel))}{body}</g>')
     size = f'viewBox="0 0 {2 * _WIDTH} {_HEIGHT}" width="{2 * _WIDTH}" height="{_HEIGHT}"'
-    style = f"<style>{chart.STYLE}{_STYLE}</style>"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" role="img" aria-label="{text(title)}" {size}>{style}'
-        f"{''.join(drawn)}</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" role="img" aria-label="{text(title)}" {size}>'
+        f'{_DRAWING_STYLE}<clipPath id="plot"><rect {place}/></clipPath>{"".join(drawn)}</svg>\n'
     )
 
 
@@ -153,7 +171,7 @@ def _axes(frame: Frame, xs: Sequence[float], x_name: str, y_name: Any) -> list[s
         parts.append(f'<text text-anchor="end" x="{frame.left - 6}" y="{y + 4:.1f}">{text(y_name(tick))}</text>')
     parts.append(f'<path class="axis" d="M{frame.left},{frame.floor}H{frame.width - frame.right}"/>')
     for x in xs:
-        place = frame.x(1000 * _logarithm(x / xs[0]))
+        place = _x(frame, x, xs[0])
         parts.append(f'<path class="axis" d="M{place:.1f},{frame.floor}v4"/>')
         parts.append(f'<text text-anchor="middle" x="{place:.1f}" y="{frame.floor + 18}">{x:g}</text>')
     middle = (frame.left + frame.width - frame.right) / 2
@@ -161,20 +179,35 @@ def _axes(frame: Frame, xs: Sequence[float], x_name: str, y_name: Any) -> list[s
 
 
 def _curves(frame: Frame, panel: Mapping[str, Curve], first: float, mark_least: bool) -> list[str]:
-    parts = []
+    lines, marks = [], []
     for index, (name, curve) in enumerate(panel.items()):
         known = {x: y for x, y in curve.items() if y is not None}
+        least = min(known, key=lambda x: known[x], default=None)
         path, pen = "", "M"
         for x, y in curve.items():
-            path += f"{pen}{frame.x(1000 * _logarithm(x / first)):.1f},{frame.y(y):.1f}" if y is not None else ""
+            path += f"{pen}{_x(frame, x, first):.1f},{_y(frame, y):.1f}" if y is not None else ""
             pen = "M" if y is None else "L"
-        parts.append(f'<path class="line {_tone(index)}" d="{path}"/>')
-        marked = [min(known, key=lambda x: known[x])] if mark_least and known else list(known)
-        for x in marked:
-            place = frame.x(1000 * _logarithm(x / first)), frame.y(known[x])
-            title = f"<title>{text(name)}, {x:g}: {known[x]:.4g}</title>"
-            parts.append(f"<path {chart.mark(index, _tone(index), *place)}>{title}</path>")
-    return parts
+        lines.append(f'<path class="line {_tone(index)}" clip-path="url(#plot)" d="{path}"/>')
+        for x, y in known.items():
+            if y > frame.high:
+                continue
+            place = _x(frame, x, first), _y(frame, y)
+            title = f"<title>{text(name)}, {x:g}: {y:.4g}</title>"
+            if x == least or not mark_least:
+                marks.append(f"<path {chart.mark(index, _tone(index), *place)}>{title}</path>")
+            else:
+                where = f'cx="{place[0]:.1f}" cy="{place[1]:.1f}"'
+                marks.append(f'<circle class="dot {_tone(index)}" {where} r="2.5">{title}</circle>')
+    return lines + marks
+
+
+def _x(frame: Frame, x: float, first: float) -> float:
+    return frame.x(1000 * math.log2(x / first))
+
+
+def _y(frame: Frame, y: float) -> float:
+    """As `frame.y`, but above the plot for what lies there."""
+    return frame.floor - (frame.floor - frame.top) * (y - frame.low) / (frame.high - frame.low)
 
 
 def _legend(frame: Frame, names: Sequence[str]) -> str:
@@ -196,10 +229,6 @@ def _few(parts: list[str]) -> list[str]:
 
 def _tone(index: int) -> str:
     return f"t{index % chart.TONES}"
-
-
-def _logarithm(ratio: float) -> float:
-    return math.log2(ratio)
 
 
 def _signed(value: float | None) -> str:

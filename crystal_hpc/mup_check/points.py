@@ -144,3 +144,8 @@ def _problems(run: Run, sweep: Sweep) -> Iterator[str]:
                     f"width {width}: not a multiple of the heads' width, {head} (model.hidden / model.heads); "
                     f"choose {near} or {near + head}"
                 )
+            elif width * run.model.ffn < run.model.hidden:
+                yield (
+                    f"width {width}: leaves nothing of model.ffn = {run.model.ffn}, which keeps its proportion to "
+                    f"model.hidden = {run.model.hidden}; choose {-(-run.model.hidden // run.model.ffn)} or more"
+                )

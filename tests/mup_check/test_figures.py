@@ -45,12 +45,32 @@ def test_an_activation_that_is_no_longer_a_number_is_not_flat() -> None:
     assert any(line.startswith("muP: not flat") for line in page.tell_coordinates(results))
 
 
-def test_of_what_has_diverged_nothing_is_drawn_and_the_verdict_says_so() -> None:
-    results = [measured(mup, width, 0.0) for mup in (True, False) for width in (64, 128)]
+def test_of_what_has_diverged_nothing_is_drawn_and_the_drawing_and_the_verdict_say_so() -> None:
+    results = [measured(mup, width, 0.5) for mup in (True, False) for width in (64, 128, 256)]
     results[0]["changes"]["logits"][1] = None
-    results[1]["changes"]["embedding"][1] = 0.0
-    assert "muP: not flat; some widths diverged" in page.tell_coordinates(results)
-    assert "nan" not in page.draw_coordinates(results)
+    results[4]["changes"]["embedding"][1] = 0.0
+    assert page.tell_coordinates(results)[-2:] == [
+        "muP: not flat; diverged: width 64", "standard: not flat; no change at all: embedding"
+    ]  # fmt: skip
+    drawing = page.draw_coordinates(results)
+    assert all(said in drawing for said in ("diverged: width 64", "no change at all: embedding"))
+    assert "nan" not in drawing
+    titles = [one for one in drawing.split("<title>")[1:] if one.startswith(("logits", "embedding"))]
+    assert len(titles) == 3 + 3 + 3 + 3 - 2
+    # The narrowest width that there is has become the one that the others are multiples of.
+    assert titles[0].startswith("logits, 128: 0<")
+    assert titles[1].startswith("logits, 256: 0.5<")
+
+
+def test_what_is_far_above_is_led_to_out_of_the_plot_and_what_diverged_is_named() -> None:
+    results = [trained(mup, 64, rate, 1.0 + rate) for mup in (True, False) for rate in (0.1, 0.2, 0.4)]
+    results += [trained(True, 64, 0.8, 50.0), trained(False, 64, 0.8, None)]
+    drawing = page.draw_transfer(results)
+    with_mup, without = (part.partition('"')[0] for part in drawing.split(' clip-path="url(#plot)" d="')[1:])
+    assert (with_mup.count("L"), without.count("L")) == (3, 2)
+    assert float(with_mup.rpartition(",")[2]) < 0, "the line ends above the drawing"
+    assert "diverged: width 64 at 0.8" in drawing
+    assert "width 64, 0.8" not in drawing
 
 
 def test_the_page_is_one_document(tmp_path: Path, narrow_file: Path) -> None:
@@ -58,7 +78,7 @@ def test_the_page_is_one_document(tmp_path: Path, narrow_file: Path) -> None:
     page.write_page(tmp_path, load_run(narrow_file), results)
     content = (tmp_path / "report.html").read_text()
     assert content.startswith("<!DOCTYPE html>")
-    assert (content.count("<!DOCTYPE"), content.count("<style>"), content.count("</style>")) == (1, 2, 2)
+    assert (content.count("<!DOCTYPE"), content.count("<style>"), content.count("</style>")) == (1, 1, 1)
 
 
 def test_the_best_rate_is_that_of_the_least_loss_and_its_transfer_costs_what_it_costs() -> None:

@@ -81,6 +81,12 @@ def test_a_width_that_cannot_be_trained_is_named(run: Run) -> None:
         points(three, SWEEP)
 
 
+def test_a_width_of_which_no_feed_forward_network_is_left_is_named(narrow_file: Path) -> None:
+    flat = load_run(narrow_file, ["model.ffn=3"])
+    with pytest.raises(ConfigError, match="width 16: leaves nothing of model.ffn = 3, .* choose 22 or more"):
+        points(flat, replace(SWEEP, widths=[16, 64]))
+
+
 def test_a_run_without_mup_has_nothing_to_check(narrow_file: Path) -> None:
     with pytest.raises(ConfigError, match="mup: the run does not use it"):
         points(load_run(narrow_file, ["mup=null"]), SWEEP)
