@@ -4,6 +4,7 @@ Importing torch and Megatron takes seconds, so a group of ranks stays and takes 
 folder with this layout, tell it to stop after so many steps, and say what was seen.
 """
 
+import gc
 import itertools
 import multiprocessing
 from collections.abc import Iterator
@@ -124,6 +125,7 @@ def _serve(rank: int, size: int, orders: Any, answers: Any) -> None:
 
             traceback.print_exc()
             answers.put(RuntimeError(f"rank {rank}: {error!r}"))
+        gc.collect()  # of models, and with them of process groups, each of which has threads that look around all day
 
 
 def _train(order: Order, rank: int, size: int) -> Seen | None:
