@@ -140,7 +140,8 @@ class Drill:
                 continue
             self._recover(folder, outcome, injected)
             hit = [entry for entry in journal.read_attempts(folder) if entry["job"] == target.job]
-            if any(entry["outcome"] != "finished" and entry["ended"] > injected for entry in hit):
+            ended = [entry for entry in hit if entry["ended"] is not None and entry["outcome"] != "finished"]
+            if any(entry["ended"] > injected for entry in ended):
                 return True  # else it came before there was a rank, or after the phase was done
 
     def _wait_for_moment(self, folder: Path, outcome: Outcome, chance: random.Random) -> faults.Target | None:

@@ -175,7 +175,7 @@ class Saver:
         stood_still = self._stood_still + now - (self._since or now)
         self._stood_still, self._since = 0.0, now
         about = {name: getattr(manifest, name) for name in ("phase", "step", "tokens", "why", "bytes", "seconds")}
-        with contextlib.suppress(DiskError):  # the save itself is what counts
+        with contextlib.suppress(DiskError, OSError):  # the save itself is what counts
             files.append_line(self._folder / SAVES, {**about, "stood_still": stood_still, "time": time.time()})
 
     def _failed(self, error: DiskError, why: Why) -> None:

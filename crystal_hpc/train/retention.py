@@ -5,6 +5,7 @@
 for nothing, and is then deleted; a crash between the two leaves a folder that the next start deletes.
 """
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from crystal_hpc import files
 from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Run
 from crystal_hpc.config.units import format_bytes
+from crystal_hpc.errors import DiskError
 from crystal_hpc.train.generations import KEPT, PRUNED, Generation, generations
 from crystal_hpc.train.manifest import MANIFEST
 
@@ -95,6 +97,10 @@ def _delete(folder: Path) -> bool:
             os.rename(folder, pruned)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise DiskError(f"{pruned}: cannot be emptied; delete it yourself, then prune again") from error
         if (pruned / KEPT).exists():
             os.rename(pruned, folder)
             return False

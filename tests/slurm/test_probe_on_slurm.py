@@ -110,9 +110,11 @@ def test_a_job_that_takes_too_long_is_cancelled(
 
 def test_an_impatient_user_leaves_nothing_behind(profile: Profile, runs: Path) -> None:
     program = f"""
+import signal
 from pathlib import Path
 from crystal_hpc.config.schema import Cluster
 from crystal_hpc.jobs.probe import check_nodes
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what they start with & ignore it
 check_nodes(Cluster.model_validate({profile(nodes=5).model_dump(mode="json")!r}), Path({str(runs)!r}))
 """
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)

@@ -1,5 +1,6 @@
 """Which checkpoints stay and why, by the rules alone; and their deletion on a real disk, killed at every step."""
 
+import os
 import random
 import subprocess
 from collections.abc import Callable
@@ -225,6 +226,26 @@ def test_a_read_only_disk_is_one_clear_error(small_disk: Path, new: Callable[...
     with pytest.raises(DiskError, match=r"step_00000010: the file system is read-only"):
         prune(small_disk, run)
     assert steps(small_disk, run) == [10, 20]
+
+
+def test_what_an_earlier_deletion_left_and_cannot_be_removed_is_one_clear_error(
+    folder: Path, new: Callable[..., Run]
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a folder that is in use needs root and mount")
+    run = new(keep_last=1)
+    for step in (10, 20):
+        make_generation(folder, run, Position(0, step))
+    busy = folder / "checkpoints/prose/step_00000010.pruned/busy"
+    busy.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", busy], check=True)
+    try:
+        with pytest.raises(DiskError, match=r"step_00000010\.pruned: cannot be emptied; delete it yourself"):
+            prune(folder, run)
+    finally:
+        subprocess.run(["umount", busy], check=True)
+    assert steps(folder, run) == [10, 20]
+    assert [one.position.step for one in prune(folder, run)] == [10]
 
 
 def test_a_prune_killed_at_any_step_leaves_only_whole_generations(folder: Path, new: Callable[..., Run]) -> None:
