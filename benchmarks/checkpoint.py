@@ -252,11 +252,11 @@ class TimedSaver(Saver):
             with clock(self.saves, "copy"):
                 super().before_update()
 
-    def finish(self) -> Position | None:
+    def advance(self) -> Position | None:
         if not self.under_way:
             return None
         with clock(self.saves, "commit"):
-            return super().finish()
+            return super().advance()
 
     def vote(self) -> int:
         """Asked at the start of each step."""

@@ -5,8 +5,8 @@ Every rank writes its own boxes of the state into a file of its own (`sharding`,
 the index and, last, `manifest.json`; one rename then makes the folder a generation. A kill at any instant leaves
 either nothing that counts or all of it.
 
-Periodic saves are asynchronous: training goes on while they are written. At most one is under way. The ranks vote at
-every step boundary whether their part is finished, so that committing needs no message of its own.
+Periodic saves are asynchronous: training goes on while the ranks write, and then while rank 0 completes the generation.
+At most one is under way. The ranks vote at every step boundary whether their part is done, so that nobody waits.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from crystal_hpc.log import log
 from crystal_hpc.train import distcp, optim, record, retention, sharding
 from crystal_hpc.train.generations import generation_folder, keep
 from crystal_hpc.train.manifest import MANIFEST, Manifest, Why
+from crystal_hpc.train.preemption import start_thread
 from crystal_hpc.train.state import Position
 from crystal_hpc.train.step import Trainer, gather_weights
 from crystal_hpc.train.writing import CopyBuffer, RankResult, RankWriter
@@ -53,10 +55,14 @@ class _UnderWay:
     total: int
     """Bytes over all ranks."""
     began: float
+    written: bool = False
+    """Whether all ranks' files are; what is left is rank 0's."""
+    completed: "Future[BaseException | None]" = field(default_factory=Future)
+    """Rank 0's: done when the generation counts, or with what went wrong."""
 
 
 class Saver:
-    """The saves of one attempt. All methods but `before_update` and `vote` are collective calls."""
+    """The saves of one attempt. All methods but `before_update`, `vote` and `close` are collective calls."""
 
     def __init__(
         self, trainer: Trainer, run_folder: Path, orders: Sequence[PhaseOrder], last: Manifest | None = None
@@ -92,8 +98,13 @@ class Saver:
                 self._under_way.writer.wait_until_copied()
 
     def vote(self) -> int:
-        """1 if this rank's part of the save under way is finished."""
-        return int(self._under_way is not None and self._under_way.writer.finished)
+        """1 if this rank has done what is next of the save under way; when all have, it is time to `advance`."""
+        save = self._under_way
+        if save is None:
+            return 0
+        if not save.written:
+            return int(save.writer.finished)
+        return int(self._comm.rank != 0 or save.completed.done())
 
     def is_asked_for(self) -> bool:
         """Whether rank 0 finds the trigger file, or it is time by the clock. Costs one look at the file system."""
@@ -135,21 +146,28 @@ class Saver:
         with self._standing_still():
             self._settle(position)
             self._start(position, why, "", None)
-            if self._under_way:
-                self._commit()
+            while self._under_way:
+                self._advance(self._under_way)
 
-    def finish(self) -> Position | None:
-        """Waits for the save under way, and commits it; returns its position if that went well."""
-        if self._under_way is None:
+    def advance(self) -> Position | None:
+        """Waits for what is next of the save under way; returns its position when it has become durable."""
+        save = self._under_way
+        if save is None:
             return None
-        position, why = self._under_way.position, self._under_way.why
         try:
             with self._standing_still():
-                self._commit()
+                self._advance(save)
         except DiskError as error:
-            self._failed(error, why)
+            self._failed(error, save.why)
             return None
-        return position
+        return None if self._under_way else save.position
+
+    def finish(self) -> Position | None:
+        """Waits for the save under way; returns its position if it has become durable."""
+        durable = None
+        while self._under_way:
+            durable = self.advance()
+        return durable
 
     def close(self) -> None:
         """Waits for deletions."""
@@ -250,45 +268,46 @@ class Saver:
         said = f"the disk is too full: a checkpoint needs {format_bytes(total)}, and {format_bytes(free)} are free"
         return f"{self._folder}: {said}; free some, or keep fewer (checkpoints.keep_last, crystal checkpoints)"
 
-    def _commit(self) -> None:
-        """Waits for all ranks' files, then makes them a generation; raises on every rank what went wrong on any."""
-        assert self._under_way
-        results = self._comm.gather(_sendable(self._under_way.writer.result()))
-        errors = [result for result in results if isinstance(result, BaseException)]
-        if not errors:
-            problem = self._comm.broadcast(self._complete(results) if self._comm.rank == 0 else None)
-            errors = [problem] if problem else []
+    def _advance(self, save: _UnderWay) -> None:
+        """All ranks' files, then rank 0's: waits for them. Raises on every rank what went wrong on any."""
+        if not save.written:
+            results = self._comm.gather(_sendable(save.writer.result()))
+            errors = [result for result in results if isinstance(result, BaseException)]
+            save.written = not errors
+            if save.written and self._comm.rank == 0:
+                start_thread("checkpoint-completer", self._complete, save, results)
+        else:
+            error = self._comm.broadcast(save.completed.result() if self._comm.rank == 0 else None)
+            errors = [error] if error else []
+            if not errors:
+                self._under_way, self._failures = None, 0
+                if self._comm.rank == 0 and self._last:
+                    self._note(self._last)
         if errors:
             self._drop()
             raise errors[0]
-        self._under_way, self._failures = None, 0
 
-    def _complete(self, results: list[RankResult]) -> BaseException | None:
-        """What rank 0 adds to the files of all ranks; returns what went wrong."""
-        assert self._under_way
-        pending = self._under_way.pending
-        final = pending.with_name(pending.name.removesuffix(files.PENDING))
+    def _complete(self, save: _UnderWay, results: list[RankResult]) -> None:
+        """What rank 0 adds to the files of all ranks, in a thread."""
+        final = save.pending.with_name(save.pending.name.removesuffix(files.PENDING))
         try:
-            with files.disk_errors(pending):
-                distcp.write_index(pending, [place for result in results for place in result.file.placed])
-                manifest = self._described(results)
+            with files.disk_errors(save.pending):
+                distcp.write_index(save.pending, [place for result in results for place in result.file.placed])
+                manifest = self._described(save, results)
                 record.refuse_stale(self._run, self._last, manifest)
-                manifest.write(pending)
-                files.commit_folder(pending, final)
-        except Exception as error:  # the other ranks wait to hear of it
-            problem: BaseException = _sendable(error)
-            return problem
-        self._last = manifest
-        self._note(manifest)
-        if self._under_way.why == "asked for":
-            self._answer(final)
-        if self._under_way.why not in ("preempted", "time limit"):  # those are in a hurry
-            self._prune()
-        return None
+                manifest.write(save.pending)
+                files.commit_folder(save.pending, final)
+            self._last = manifest
+            if save.why == "asked for":
+                self._answer(save, final)
+            if save.why not in ("preempted", "time limit"):  # those are in a hurry
+                self._prune()
+        except BaseException as error:  # all ranks wait to hear of it
+            save.completed.set_result(_sendable(error))
+        else:
+            save.completed.set_result(None)
 
-    def _described(self, results: list[RankResult]) -> Manifest:
-        save = self._under_way
-        assert save
+    def _described(self, save: _UnderWay, results: list[RankResult]) -> Manifest:
         return record.describe(
             results,
             save.pending,
@@ -301,12 +320,11 @@ class Saver:
             began=save.began,
         )
 
-    def _answer(self, final: Path) -> None:
+    def _answer(self, save: _UnderWay, final: Path) -> None:
         """Names the generation as it was asked, and takes the trigger away. Whatever goes wrong: it is saved."""
-        assert self._under_way
         try:
-            if self._under_way.name:
-                keep(final, self._under_way.name)
+            if save.name:
+                keep(final, save.name)
         except CrystalError as error:
             log.warning("%s is not kept by name: %s", final, error)
         self._take_trigger()
@@ -319,10 +337,8 @@ class Saver:
     def _prune(self) -> None:
         """Deletes what need not be kept, beside the training."""
         self.close()
-        # A daemon: a job that is told to leave need not wait, as the next start deletes what is left.
-        work = (self._folder, self._run)
-        self._pruning = threading.Thread(target=_prune, args=work, name="checkpoint-pruner", daemon=True)
-        self._pruning.start()
+        # A job that is told to leave need not wait, as the next start deletes what is left.
+        self._pruning = start_thread("checkpoint-pruner", _prune, self._folder, self._run)
 
     def _asked_name(self) -> str | None:
         """What stands in the trigger file, if there is one: rank 0's answer."""

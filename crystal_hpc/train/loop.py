@@ -127,9 +127,9 @@ def train_phase(
         result = train_step(job.trainer, batch, rate, votes, saver.before_update)
         _record(job, saver, position, result, rate, time.perf_counter() - started, waited)
         position = position.after_step()
-        stop, (written, asked) = _strongest(result.votes), result.votes[2:]
-        if written == layout.comm.size:
-            _commit(job, saver)
+        stop, (ready, asked) = _strongest(result.votes), result.votes[2:]
+        if ready == layout.comm.size:
+            _advance_save(job, saver)
         if position.step == steps:
             _save(job, saver, position, "phase end")
         elif stop is not Stop.NO:
@@ -218,11 +218,11 @@ def _begin_save(job: Job, saver: Saver, position: Position) -> None:
     )
 
 
-def _commit(job: Job, saver: Saver) -> None:
-    """All ranks have written their part of the save that was under way."""
+def _advance_save(job: Job, saver: Saver) -> None:
+    """All ranks have done what was next of the save under way."""
     if saver.under_way:
         job.on_event("saving", saver.under_way)
-    _told(job, saver.finish())
+    _told(job, saver.advance())
 
 
 def _told(job: Job, durable: Position | None) -> None:

@@ -10,9 +10,11 @@ handlers stand.
 import contextlib
 import enum
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 
 class Stop(enum.IntEnum):
@@ -56,7 +58,7 @@ class StopFlag:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Processes started in this block, and theirs, begin with the signals blocked: pending until they `watch`."""
+    """What is started in this block, and all that it starts, has the signals blocked: processes until they `watch`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -71,3 +73,11 @@ def watch() -> StopFlag:
         signal.signal(number, flag.set)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     return flag
+
+
+def start_thread(name: str, work: Callable[..., None], *arguments: Any) -> threading.Thread:
+    """Begins work that signals do not reach, and that no process waits for at its end."""
+    thread = threading.Thread(target=work, args=arguments, name=name, daemon=True)
+    with held_back():  # the thread inherits it
+        thread.start()
+    return thread

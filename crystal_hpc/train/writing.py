@@ -8,7 +8,6 @@ next step computes, and only the optimizer has to wait until it is done (`wait_u
 the copy takes longer than a forward and backward pass. The memory of the copy is kept for the next save.
 """
 
-import signal
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 from crystal_hpc import files
 from crystal_hpc.train.distcp import Chunk, FileWriter, Index, Written
 from crystal_hpc.train.keys import MOMENTS, STATE, is_stack
-from crystal_hpc.train.preemption import SIGNALS
+from crystal_hpc.train.preemption import start_thread
 from crystal_hpc.train.sharding import Part
 
 _MOMENTS = tuple(f"{STATE}{name}." for name in MOMENTS)
@@ -77,12 +76,7 @@ class RankWriter:
 
     def start(self) -> None:
         """Begins in a thread."""
-        self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the thread inherits it
-        try:
-            self._thread.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._thread = start_thread("checkpoint-writer", self._run)
 
     def wait_until_copied(self) -> None:
         """Returns once the state may change again."""

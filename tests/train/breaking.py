@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,18 @@ def slow_writing(_job: Any, seconds: float, part: float, then: Callable[[], obje
         going_on(writer)
 
     writing.RankWriter._go_on = go_on
+
+
+def slow_completion(job: Any, number: int) -> None:
+    """No generation is completed before the attempt's `number`-th step begins, or ten seconds have passed."""
+    real, begun = distcp.write_index, threading.Event()
+
+    def write_index(*arguments: Any) -> None:
+        begun.wait(10)
+        real(*arguments)
+
+    distcp.write_index = write_index
+    at_step(job, number, begun.set)
 
 
 def fill(disk: Path, leave: int = 0) -> None:

@@ -56,6 +56,13 @@ def test_a_generation_saved_while_training_goes_on_is_bit_equal_to_one_saved_whi
             assert getattr(ours, name) == getattr(theirs, name), name
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_training_goes_on_while_rank_0_completes_a_generation(new_run: NewRun, size: int) -> None:
+    rules = SHORT[0].replace("steps: 4", "steps: 20").replace("checkpoint_every: 1", "checkpoint_every: 8")
+    at = attempt(new_run("completed", rules), breaking.slow_completion, 12, size=size).events.index
+    assert at(("step", 0, 10)) < at(("saved", 0, 8))
+
+
 def counting_writers(job: Any) -> None:
     """Writes down, whenever a writer is started, how many are at work."""
     starting = writing.RankWriter.start
