@@ -238,7 +238,7 @@ main.add_command(data)
 @click.option("--format", "kind", default="crystalcoder", show_default=True, help="Or llama, stablelm.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights; default: as trained.")
 @click.option("--shard-size", default="5GB", show_default=True, help="Largest file of weights.")
-@click.option("--overwrite", is_flag=True, help="Replace an export that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an export that is there, --skip-done or not.")
 @click.option("--skip-done", is_flag=True, help="Succeed at once where this very export is there.")
 @click.option(
     "--verify", type=click.Choice(["all", "weights", "none"]), default="all", show_default=True,

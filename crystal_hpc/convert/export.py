@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, get_args
 
 from crystal_hpc import files
 from crystal_hpc.config.load import load_run
@@ -23,8 +23,7 @@ from crystal_hpc.progress import Progress
 from crystal_hpc.train.generations import generations
 from crystal_hpc.train.manifest import MANIFEST
 
-Verify = Literal["all", "weights", "none"]
-VERIFY: tuple[Verify, ...] = get_args(Verify)
+VERIFY: tuple[weights.Verify, ...] = get_args(weights.Verify)
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,10 @@ class Options:
     dtype: weights.Dtype | None = None
     """Of the weights written; None: as they are."""
     shard_bytes: int = weights.SHARD_BYTES
-    verify: Verify = "all"
+    verify: weights.Verify = "all"
     """`weights`: digests and norms, read back; `all`: logits too; `none`: not even the source's digests."""
     overwrite: bool = False
+    """Whether an export that is there already is made again; counts more than `skip_done`."""
     skip_done: bool = False
     """Whether an export that is there already, of the same checkpoint and options, is what was asked for."""
     name: str | None = None
@@ -46,10 +46,12 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises CheckpointError for a name that would not give each phase and step a folder of its own."""
-        name = self.name if self.name is not None else "{phase}{step}"
+        name = self.name if self.name is not None else "{phase}-{step}"
         plain = re.sub(r"\{phase\}|\{step(:0?\d+d)?\}", "", name)
         if re.search(r"[{}/]", plain) or "{phase}" not in name or "{step" not in name:
             raise CheckpointError(f"--name {name!r}: write it with {{phase}} and {{step}} or {{step:06d}} in it")
+        if re.search(r"\{phase\}\d*\{step|\{step[^}]*\}\d*\{phase", name):  # p1 and 12, p11 and 2
+            raise CheckpointError(f"--name {name!r}: write something that is no digit between {{phase}} and {{step}}")
 
 
 def export_run(
@@ -140,10 +142,6 @@ def export_checkpoint(
     target = formats.by_name(options.format)
     shape = names.Shape(run.model, run.mup)
     target.check(shape)
-    if options.skip_done:
-        resume.settle(out.resolve(), MARKER)
-        if _is_there(checkpoint, run, out, target, dtype, options):
-            return f"{out}: was exported already"
     if options.verify == "all":
         memory.check_room_for_logits(run.model)
     verified: list[str] = []
@@ -156,9 +154,17 @@ def export_checkpoint(
 
             verified.append(_describe_logits(verify(checkpoint, run, folder)))
 
+    if options.skip_done and not options.overwrite:
+        resume.settle(out.resolve(), MARKER)
+        marker = _find(checkpoint, run, tokenizer, out, target, dtype, options.shard_bytes)
+        if marker:
+            if VERIFY.index(marker["verified"]) > VERIFY.index(options.verify):
+                check(out)
+                files.write_json(out / MARKER, marker | {"verified": options.verify})
+            return _with_verified(f"{out}: was exported already", verified)
     summary = weights.export(
         checkpoint, run, tokenizer, out, dtype, options.shard_bytes, options.overwrite, on_progress, target,
-        options.verify != "none", check,
+        options.verify, check,
     )  # fmt: skip
     said = f"{out}: {summary.parameters:,} parameters, {summary.weight_bytes:,} bytes of {summary.dtype}"
     return _with_verified(said, verified)
@@ -208,15 +214,19 @@ def _describe_logits(result: object) -> str:
     )
 
 
-def _is_there(checkpoint: Path, run: Run, out: Path, target: names.Format, dtype: str, options: Options) -> bool:
-    """Whether an export is there, of this checkpoint and these options, with all its files of weights."""
-    wanted = weights.conversion(CheckpointReader(checkpoint, run), target, dtype, options.shard_bytes)
+def _find(
+    checkpoint: Path, run: Run, tokenizer: Path | None, out: Path, target: names.Format, dtype: str, shard_bytes: int
+) -> dict[str, Any] | None:
+    """The marker of an export that is there, of this checkpoint and these options, with all its files."""
     try:
-        marker = files.read_json(out / MARKER)
+        wanted = weights.conversion(CheckpointReader(checkpoint, run), tokenizer, target, dtype, shard_bytes)
+        marker: dict[str, Any] = files.read_json(out / MARKER)
         whole = all((out / name).stat().st_size == about["bytes"] for name, about in marker["files"].items())
-        return whole and all(marker.get(key) == value for key, value in wanted.items())
+        whole = whole and all(files.digest_file(out / name) == digest for name, digest in marker["beside"].items())
+        same = marker["verified"] in VERIFY and all(marker.get(key) == value for key, value in wanted.items())
+        return marker if whole and same else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False
+        return None
 
 
 def is_checkpoint(source: Path) -> bool:

@@ -119,6 +119,8 @@ def convert(
     }
     with working(out.resolve(), identity, IMPORT, overwrite) as work:
         stream.write(work)
+        if source.folder.identity() != identity["files"]:
+            raise CheckpointError(f"{source.folder.folder}: was changed while it was read; convert it again")
         manifest = _manifest(source, stream.precision, work, started)
         summary = _finish(source, work, manifest, out)
         if check:

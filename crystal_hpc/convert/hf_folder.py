@@ -51,7 +51,7 @@ class HfFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_object(folder / CONFIG, "so it is no Hugging Face folder")
+        self.config = read_object(folder / CONFIG, "so it is no Hugging Face folder")
         names, index = _weight_files(folder)
         self._open = {name: _open(folder / name) for name in names}
         self.tensors = self._list()
@@ -90,7 +90,8 @@ class HfFolder:
 
     def identity(self) -> dict[str, list[int]]:
         """Size and time of change of each file: what tells the folder from another state of itself."""
-        about = {name: (self.folder / name).stat() for name in [CONFIG, *self._open]}
+        indices = [path.name for path in self.folder.glob(f"*{INDEX}")]
+        about = {name: (self.folder / name).stat() for name in [CONFIG, *self._open, *sorted(indices)]}
         return {name: [status.st_size, status.st_mtime_ns] for name, status in about.items()}
 
     def _list(self) -> dict[str, Found]:
@@ -149,6 +150,8 @@ def _open(path: Path) -> SafetensorsFile | _TorchFile:
 def _weight_files(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
     """The names of the files with weights, and which tensor is in which, where an index says so."""
     for single in (SAFETENSORS, TORCH):
+        if (folder / single).is_file():  # first, as in Transformers: the index may be an older save's
+            return [single], None
         if (folder / (single + INDEX)).is_file():
             index = _read_index(folder / (single + INDEX))
             names = sorted(set(index.values()))
@@ -156,13 +159,11 @@ def _weight_files(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
                 raise CheckpointError(f"{folder / missing[0]}{more}: missing; the index names it: fetch it")
             return names, index
-        if (folder / single).is_file():
-            return [single], None
     raise CheckpointError(f"{folder}: has neither {SAFETENSORS} nor {TORCH}, nor an index of either; fetch the weights")
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    placed = _read_object(path, "").get("weight_map")
+    placed = read_object(path, "").get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{path}: has no weight_map; fetch it again")
     for name, file in placed.items():
@@ -172,7 +173,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return placed
 
 
-def _read_object(path: Path, so: str) -> dict[str, Any]:
+def read_object(path: Path, so: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError where there is none, which is `so`."""
     try:
         content = files.read_json(path)
     except FileNotFoundError:
@@ -187,7 +189,7 @@ def _read_object(path: Path, so: str) -> dict[str, Any]:
 def _recorded_digests(folder: Path) -> dict[str, str]:
     if not (folder / MARKER).is_file():
         return {}
-    content = _read_object(folder / MARKER, "")
+    content = read_object(folder / MARKER, "")
     try:
         return {name: about["xxh3"] for name, about in content.get("published", {}).items()}
     except (AttributeError, TypeError, KeyError) as error:

@@ -50,6 +50,7 @@ def working(out: Path, identity: dict[str, Any], marker: str, overwrite: bool) -
     see `check_destination`. Finished files stay for the next time when the process is stopped or the disk refuses;
     nothing stays after any other error. Raises RunError where another process is at it.
     """
+    _check_name(out)
     files.make_folder(out.parent)
     pending = _beside(out, "")
     with _alone(out):
@@ -78,6 +79,7 @@ def settle(out: Path, marker: str) -> None:
 
     Raises RunError where a living process is at it.
     """
+    _check_name(out)
     if any(_beside(out, what).exists() for what in ("", ".old", ".lock")):
         with _alone(out):
             _settle(out, marker)
@@ -106,6 +108,14 @@ def _discard(old: Path, marker: str) -> None:
     with files.disk_errors(old):
         (old / marker).unlink(missing_ok=True)  # first: half of a folder must not look like one
     files.remove_folder(old)
+
+
+def _check_name(out: Path) -> None:
+    """What is beside `demo` must not be taken for what is beside `demo.old`."""
+    if out.suffix in (".old", ".lock", files.PENDING):
+        raise CheckpointError(
+            f"{out}: names that end with {out.suffix} are for work in progress; choose another folder"
+        )
 
 
 def _beside(out: Path, what: str) -> Path:

@@ -24,9 +24,9 @@ from crystal_hpc.config.schema import Run
 from crystal_hpc.convert import formats, names
 from crystal_hpc.convert.blocks import Arena, Arenas, Background, Norm, one_thread
 from crystal_hpc.convert.digests import DigestCheck
-from crystal_hpc.convert.hf_folder import CONFIG, MARKER, SAFETENSORS, dump_index
+from crystal_hpc.convert.hf_folder import CONFIG, MARKER, SAFETENSORS, dump_index, read_object
 from crystal_hpc.convert.reader import CheckpointReader
-from crystal_hpc.convert.resume import Work, working
+from crystal_hpc.convert.resume import PROGRESS, Work, working
 from crystal_hpc.convert.safetensors_io import SafetensorsWriter
 from crystal_hpc.data.catalog import TOKENIZER_FILE
 from crystal_hpc.data.tokenizer import Tokenizer
@@ -34,12 +34,14 @@ from crystal_hpc.errors import CheckpointError
 from crystal_hpc.train.archive import as_bytes
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+BESIDE_TOKENIZER = ("special_tokens_map.json", "chat_template.jinja")
 MODEL_CODE = Path(__file__).parent / "hf"
 FORMAT = formats.by_name("crystalcoder")
 SHARD_BYTES = 5 * 10**9
 
 # No float16: weights beyond 65504 or below 6e-8 would not survive, and training never saw them rounded so.
 Dtype = Literal["float32", "bfloat16"]
+Verify = Literal["all", "weights", "none"]
 Progress = Callable[[str, int, int, str], None]
 """What is being done, how many bytes of it are done, of how many, and a word on it."""
 
@@ -71,17 +73,18 @@ def export(
     overwrite: bool = False,
     on_progress: Progress | None = None,
     target: names.Format = FORMAT,
-    check_source: bool = True,
+    verify: Verify = "weights",
     check: Callable[[Path], None] | None = None,
 ) -> ExportSummary:
     """Writes a checkpoint as a folder that Transformers loads, with `trust_remote_code=True` if it has code of its own.
 
     Weights go into safetensors files of at most about `shard_bytes`. `tokenizer` is a tokenizer.json or its folder.
-    The checkpoint's files are compared with their digests on the way if `check_source`. The folder appears under its
-    name when it is complete and `check`, which is given the folder under its temporary name, has raised nothing; files
-    that a killed process finished are kept (`resume`). Raises CheckpointError for a checkpoint that cannot be read or
-    does not fit `run`, for a model that the format cannot express, for a tokenizer with more ids than the model, and
-    when `out` exists, unless it is an export and `overwrite` is set; DiskError where the file system refuses.
+    The checkpoint's files are compared with their digests on the way unless `verify` is `none`. The folder appears
+    under its name when it is complete and `check`, which is given the folder under its temporary name, has raised
+    nothing; then the marker says `verify` of it. Files that a killed process finished are kept (`resume`). Raises
+    CheckpointError for a checkpoint that cannot be read or does not fit `run`, for a model that the format cannot
+    express, for a tokenizer with more ids than the model, and when `out` exists, unless it is an export and `overwrite`
+    is set; DiskError where the file system refuses.
     """
     shape = names.Shape(run.model, run.mup)
     target.check(shape)
@@ -89,24 +92,29 @@ def export(
     entries = target.entries(shape)
     names.check_complete((entry.megatron for entry in entries), reader.names(), str(checkpoint))
     vocabulary = _load_tokenizer(tokenizer, run)
-    identity = conversion(reader, target, dtype, shard_bytes)
+    identity = conversion(reader, tokenizer, target, dtype, shard_bytes)
     with working(out.resolve(), identity, MARKER, overwrite) as work:
         stream = _Stream(reader, shape, entries, getattr(torch, dtype), shard_bytes, on_progress)
-        with _checked(reader, check_source) as checker, one_thread():
+        with _checked(reader, verify != "none") as checker, one_thread():
             summary = stream.write(work, checker)
         _write_config(run, vocabulary, dtype, target, work.folder)
         _copy_tokenizer(tokenizer, vocabulary, work.folder)
-        files.write_json(work.folder / MARKER, _describe(reader, run, identity, summary, work))
+        about = _describe(reader, run, identity, summary, work)
+        files.write_json(work.folder / MARKER, about)
         if check:
             check(work.folder)
+            files.write_json(work.folder / MARKER, about | {"verified": verify})
     return ExportSummary(out.resolve(), **summary)
 
 
-def conversion(reader: CheckpointReader, target: names.Format, dtype: str, shard_bytes: int) -> dict[str, Any]:
-    """What makes an export the same as another: the checkpoint, and what is asked for."""
+def conversion(
+    reader: CheckpointReader, tokenizer: Path | None, target: names.Format, dtype: str, shard_bytes: int
+) -> dict[str, Any]:
+    """What makes an export the same as another: checkpoint and tokenizer, and what is asked for."""
     return {
         "format": target.name,
         "manifest": reader.manifest_digest,
+        "tokenizer": None if tokenizer is None else files.digest_file(_tokenizer_file(tokenizer)),
         "dtype": dtype,
         "shard_bytes": shard_bytes,
     }
@@ -297,13 +305,23 @@ def _write_config(run: Run, tokenizer: Tokenizer | None, dtype: Dtype, target: n
 def _copy_tokenizer(path: Path | None, tokenizer: Tokenizer | None, folder: Path) -> None:
     if path is None or tokenizer is None:
         return
-    source = path if path.is_dir() else path.parent
-    shutil.copyfile(path / TOKENIZER_FILE if path.is_dir() else path, folder / TOKENIZER_FILE)
-    if (source / TOKENIZER_CONFIG).is_file():
-        shutil.copyfile(source / TOKENIZER_CONFIG, folder / TOKENIZER_CONFIG)
-        return
-    ends = {"bos_token": tokenizer.decode([tokenizer.bos]), "eos_token": tokenizer.decode([tokenizer.eos])}
-    files.write_json(folder / TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast", **ends})
+    source = _tokenizer_file(path)
+    shutil.copyfile(source, folder / TOKENIZER_FILE)
+    for name in BESIDE_TOKENIZER:
+        if source.with_name(name).is_file():
+            shutil.copyfile(source.with_name(name), folder / name)
+    config = {"bos_token": tokenizer.decode([tokenizer.bos]), "eos_token": tokenizer.decode([tokenizer.eos])}
+    if source.with_name(TOKENIZER_CONFIG).is_file():
+        config = read_object(source.with_name(TOKENIZER_CONFIG), "")
+        if "auto_map" not in config:
+            shutil.copyfile(source.with_name(TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
+            return
+        del config["auto_map"]  # leads to code that is not here, and tokenizer.json says all that it does
+    files.write_json(folder / TOKENIZER_CONFIG, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _tokenizer_file(path: Path) -> Path:
+    return path / TOKENIZER_FILE if path.is_dir() else path
 
 
 def _describe(
@@ -311,6 +329,7 @@ def _describe(
 ) -> dict[str, Any]:
     """The marker: what the export was made from, and every tensor and file by digest, coming in and going out."""
     manifest, done = reader.manifest, [(name, work.finished[name]) for name in sorted(work.finished)]
+    beside = sorted({path.name for path in work.folder.iterdir()} - {PROGRESS, MARKER, *work.finished})
     return {
         "run": run.name,
         "phase": manifest.phase,
@@ -319,7 +338,9 @@ def _describe(
         "digest": manifest.digest,
         **identity,
         **summary,
+        "verified": "none",
         "files": {name: {"bytes": note["bytes"], "xxh3": note["xxh3"]} for name, note in done},
+        "beside": {name: files.digest_file(work.folder / name) for name in beside},
         "published": {
             tensor: {"file": name, "xxh3": digest}
             for name, note in done

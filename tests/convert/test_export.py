@@ -86,6 +86,47 @@ def test_an_export_that_is_damaged_is_not_what_was_asked_for(run_folder: Path, c
     assert "holds an export already" in (failed(export(run_folder, "--skip-done")))
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "modeling_crystalcoder.py"])
+def test_an_export_that_lacks_a_file_or_has_another_is_not_what_was_asked_for(run_folder: Path, name: str) -> None:
+    assert export(run_folder).exit_code == 0
+    path = run_folder / "exports" / "words-00000005" / name
+    path.write_bytes(path.read_bytes() + b"\n")
+    assert "holds an export already" in (failed(export(run_folder, "--skip-done")))
+    path.unlink()
+    assert "holds an export already" in (failed(export(run_folder, "--skip-done")))
+
+
+def test_an_export_with_another_tokenizer_is_not_what_was_asked_for(run_folder: Path, tokenizer_folder: Path) -> None:
+    assert export(run_folder).exit_code == 0
+    text = (tokenizer_folder / "tokenizer.json").read_text().replace("w90", "W90")
+    (run_folder / "tokenizer.json").write_text(text)
+    config = run_folder / "run.yaml"
+    config.write_text(config.read_text().replace(str(tokenizer_folder), str(run_folder / "tokenizer.json")))
+    assert "holds an export already" in (failed(export(run_folder, "--skip-done")))
+
+
+def test_an_export_that_was_not_verified_is_verified_when_it_is_asked_for_again(run_folder: Path) -> None:
+    marker = run_folder / "exports" / "words-00000005" / "export.json"
+    for before, options in (("none", ["--no-verify"]), ("none", ["--no-verify", "--all"]), ("weights", ["--all"])):
+        result = export(run_folder, *options)
+        assert result.exit_code == 0 and json.loads(marker.read_text())["verified"] == before
+    assert "words-00000005: was exported already\nverified on 27 tensors" in result.output
+    assert "verified" not in export(run_folder, "--skip-done").output
+    weights = marker.with_name("model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+    marker.write_text(marker.read_text().replace('"verified": "weights"', '"verified": "none"'))
+    assert "is not what was written, by its digest" in failed(export(run_folder, "--skip-done"))
+
+
+def test_overwriting_makes_an_export_again_that_is_there(run_folder: Path) -> None:
+    assert export(run_folder, "--all").exit_code == 0
+    weights = run_folder / "exports" / "words-00000004" / "model.safetensors"
+    right = weights.read_bytes()
+    weights.write_bytes(right[:-1] + b"\x55")  # of the same size, so that nobody asks
+    assert "was exported already" not in export(run_folder, "--all", "--overwrite").output
+    assert weights.read_bytes() == right
+
+
 def test_a_checkpoint_that_is_damaged_does_not_stop_the_others(run_folder: Path) -> None:
     path = run_folder / "checkpoints" / "words" / "step_00000004" / "__0_0.distcp"
     content = bytearray(path.read_bytes())
@@ -118,6 +159,18 @@ def test_folders_may_be_called_as_crystals_branches_are(run_folder: Path) -> Non
 @pytest.mark.parametrize("name", ["", "{phase}", "{step}", "{phase}/{step}", "{phase}{step}{seed}", "{phase}{step:s}"])
 def test_a_name_must_tell_phases_and_steps_apart(name: str, run_folder: Path) -> None:
     assert "write it with {phase} and {step}" in failed(export(run_folder, "--name", name))
+
+
+@pytest.mark.parametrize("name", ["{phase}{step}", "{step:06d}{phase}", "a{phase}0{step:06d}"])
+def test_a_name_must_say_where_a_step_begins(name: str, run_folder: Path) -> None:
+    assert "no digit between {phase} and {step}" in failed(export(run_folder, "--name", name))
+
+
+@pytest.mark.parametrize("suffix", [".old", ".lock", ".pending"])
+def test_a_folder_is_not_called_as_what_is_beside_another(suffix: str, run_folder: Path, tmp_path: Path) -> None:
+    said = failed(export(run_folder, "--out", tmp_path / f"demo{suffix}"))
+    assert f"names that end with {suffix} are for work in progress" in said
+    assert said == failed(export(run_folder, "--skip-done", "--out", tmp_path / f"demo{suffix}"))
 
 
 def test_options_that_exclude_each_other_are_refused(run_folder: Path) -> None:

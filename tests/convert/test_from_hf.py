@@ -322,6 +322,22 @@ def test_what_cannot_be_converted_is_refused_in_one_line_and_nothing_is_left(
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_folder_that_changes_while_it_is_read_is_refused(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = HfFolder.read_hashed
+
+    def read(hf: HfFolder, name: str, into: Tensor | None = None) -> tuple[Tensor, str]:
+        path = copied / hf.tensors[name].file
+        path.write_bytes(path.read_bytes())  # in place: who has it open sees other weights
+        return reading(hf, name, into)
+
+    monkeypatch.setattr(HfFolder, "read_hashed", read)
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        bring_in(copied, tmp_path / "weights")
+    assert not list(tmp_path.glob("weights*"))
+
+
 def test_mixed_formats_become_one_on_request(copied: Path, tmp_path: Path) -> None:
     tensors = load_file(copied / "model.safetensors")
     tensors[LN] = tensors[LN].double()

@@ -76,10 +76,21 @@ def test_safetensors_come_before_torch_files_where_a_folder_has_both(tmp_path: P
     assert torch.equal(HfFolder(tmp_path / "hf").read("f"), tensors()["f"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_file_comes_before_the_index_of_another_save(kind: str, tmp_path: Path) -> None:
+    """As in Transformers, whose saves leave the one or the other behind."""
+    folder, (save, stem, suffix) = make(tmp_path / "hf", kind, 3), KINDS[kind]
+    save({"f": torch.ones(5)}, folder / f"{stem}.{suffix}")
+    assert torch.equal(HfFolder(folder).read("f"), torch.ones(5)) and HfFolder(folder).tensors.keys() == {"f"}
+    for path in folder.glob(f"{stem}-*"):
+        path.unlink()
+    assert HfFolder(folder).tensors.keys() == {"f"}
+
+
 def test_another_state_of_the_folder_has_another_identity(tmp_path: Path) -> None:
     folder = make(tmp_path / "hf", "safetensors", 3)
     before = HfFolder(folder).identity()
-    assert before == HfFolder(folder).identity() and len(before) == 4
+    assert before == HfFolder(folder).identity() and len(before) == 5
     os.utime(folder / "model-00002-of-00003.safetensors", (1, 1))
     assert before != HfFolder(folder).identity()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from crystal_hpc.convert.formats import by_name
 from crystal_hpc.convert.hf.configuration_crystalcoder import CrystalCoderConfig
 from crystal_hpc.convert.hf.modeling_crystalcoder import Conv1D, CrystalCoderForCausalLM
 
@@ -188,13 +189,25 @@ def test_saving_and_loading_keeps_every_bit(tmp_path: Path) -> None:
 
 
 def test_new_models_start_as_crystal_did() -> None:
-    config = CrystalCoderConfig(vocab_size=500, n_embd=256, n_layer=2, n_head=4, n_inner=682, rotary_dim=16)
+    shape = {"vocab_size": 500, "n_embd": 256, "n_layer": 2, "n_head": 4, "n_inner": 682, "rotary_dim": 16}
+    config = CrystalCoderConfig(**shape, mup_width_scale=0.0625)
     block: Any = CrystalCoderForCausalLM(config).transformer.h[0]
     for linear, std in ((block.attn.c_attn, 0.01825), (block.mlp.c_fc2, 0.01825), (block.mlp.c_proj, 0.01825 / 2)):
         assert isinstance(linear, Conv1D)
         # A normal cut at two standard deviations keeps 0.88 of its own.
         assert float(linear.weight.detach().std()) == pytest.approx(0.88 * std, rel=0.02)
         assert not linear.bias.any()
+
+
+def test_what_a_config_does_not_say_is_as_in_a_conversion() -> None:
+    config = CrystalCoderConfig(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+    said = {key: config.to_dict()[key] for key in ("activation_function", "position_embedding_type")}
+    sizes = {key: config.to_dict()[key] for key in ("vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim")}
+    shape, _ = by_name("crystalcoder").read_config({**said, **sizes})
+    assert shape.mup is None and shape.model.ffn == config.n_inner == 128
+    factors = (config.mup_embeddings_scale, config.mup_output_alpha, config.mup_width_scale)
+    assert factors == (1, 1, 1) and config.mup_scale_qk_dot_by_d is False
+    assert CrystalCoderForCausalLM(config).transformer.h[0].mlp.c_fc.weight.shape == (32, 128)
 
 
 def test_hidden_states_come_on_request_one_more_than_blocks() -> None:

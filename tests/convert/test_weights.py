@@ -166,6 +166,26 @@ def test_transformers_own_tokenizer_agrees_with_ours(exported: Path) -> None:
     assert tokenizer.encode("w5 w6", add_special_tokens=False) == [8, 9]
 
 
+def test_a_tokenizer_that_came_with_code_of_its_own_loads_without(
+    trained: Trained, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """As Crystal's does: its tokenizer_config.json leads to a file beside it, which does what tokenizer.json says."""
+    from transformers import AutoTokenizer
+
+    source = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    code = {"AutoTokenizer": [None, "tokenization_crystalcoder_fast.CrystalCoderTokenizerFast"]}
+    config = {"auto_map": code, "tokenizer_class": "CrystalCoderTokenizer", "bos_token": "<s>", "model_max_length": 40}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    weights.export(trained.checkpoint("plain"), trained.run(), source, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert (tokenizer.bos_token_id, tokenizer.model_max_length) == (1, 40)
+    assert tokenizer.encode("w5 w6", add_special_tokens=False) == [8, 9]
+    assert (tmp_path / "out" / "special_tokens_map.json").read_bytes() == (
+        source / "special_tokens_map.json"
+    ).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -6,11 +6,12 @@ from transformers import PretrainedConfig
 
 
 class CrystalCoderConfig(PretrainedConfig):  # type: ignore[misc]
-    """A GPT-2-like decoder with rotary positions, SwiGLU and muP. The defaults are Crystal-7B's.
+    """A GPT-2-like decoder with rotary positions, SwiGLU and muP. The defaults are Crystal-7B's, but without muP.
 
-    `n_inner`: width of each of the two SwiGLU input matrices. `rotary_dim`: how many dimensions of each head are
-    rotated. `mup_embeddings_scale`: factor on the embedded tokens. Logits are multiplied by `mup_output_alpha` times
-    `mup_width_scale`. `mup_scale_qk_dot_by_d`: attention scores are divided by the head width, not by its square root.
+    `n_inner`: width of each of the two SwiGLU input matrices; None: four times `n_embd`. `rotary_dim`: how many
+    dimensions of each head are rotated. `mup_embeddings_scale`: factor on the embedded tokens. Logits are multiplied by
+    `mup_output_alpha` times `mup_width_scale`. `mup_scale_qk_dot_by_d`: attention scores are divided by the head width,
+    not by its square root.
     `initializer_range`: standard deviation of an initial embedding, and of a matrix at muP's base width.
     """
 
@@ -31,16 +32,16 @@ class CrystalCoderConfig(PretrainedConfig):  # type: ignore[misc]
         n_embd: int = 4096,
         n_layer: int = 32,
         n_head: int = 32,
-        n_inner: int = 10922,
+        n_inner: int | None = None,
         rotary_dim: int = 32,
         activation_function: str = "swiglu",
         position_embedding_type: str = "rotary",
         layer_norm_epsilon: float = 1e-5,
         initializer_range: float = 0.073,
-        mup_embeddings_scale: float = 14.6,
-        mup_output_alpha: float = 2.22,
-        mup_width_scale: float = 0.0625,
-        mup_scale_qk_dot_by_d: bool = True,
+        mup_embeddings_scale: float = 1.0,
+        mup_output_alpha: float = 1.0,
+        mup_width_scale: float = 1.0,
+        mup_scale_qk_dot_by_d: bool = False,
         use_cache: bool = True,
         bos_token_id: int | None = 1,
         eos_token_id: int | None = 2,
@@ -54,7 +55,7 @@ class CrystalCoderConfig(PretrainedConfig):  # type: ignore[misc]
         self.n_embd = n_embd
         self.n_layer = n_layer
         self.n_head = n_head
-        self.n_inner = n_inner
+        self.n_inner = 4 * n_embd if n_inner is None else n_inner
         self.rotary_dim = rotary_dim
         self.activation_function = activation_function
         self.position_embedding_type = position_embedding_type
