@@ -4,10 +4,12 @@ Each fault is a function of the job that runs; moments are chosen by `rounds`. A
 (scancel, scontrol, srun into one's own job), but for a killed slurmd, which needs a cluster of one's own.
 """
 
+import contextlib
+import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,13 @@ def _preempt(target: Target) -> None:
 def _time_limit(target: Target) -> None:
     """Users may shorten a time limit: to one that is nearly over."""
     slurm.command("scontrol", "update", f"JobId={target.job}", "TimeLimit=1")
+
+
+def lengthen(waiting: Iterable[str], seconds: float) -> None:
+    """Gives waiting jobs the time back that `time-limit` took: a requeued one has its last limit, and runs into it."""
+    for job in waiting:
+        with contextlib.suppress(SlurmError):  # it has begun
+            slurm.command("scontrol", "update", f"JobId={job}", f"TimeLimit={math.ceil(seconds / 60)}")
 
 
 def _kill_slurmd(target: Target) -> None:

@@ -195,7 +195,13 @@ class Drill:
             fresh = [entry for entry in journal.read_attempts(folder) if entry["started"] > injected]
             return any("first_step" in entry["startup"] for entry in fresh) or submit.is_finished(folder)
 
-        _wait(is_back, f"the run to go on after {outcome.fault}", idle=lambda: self._resume_if_gone(folder, outcome))
+        def idle() -> None:
+            self._resume_if_gone(folder, outcome)
+            if outcome.fault in faults.SLOW:
+                waiting = [job.job for job in submitted.queued(folder) if job.state in slurm.WAITING]
+                faults.lengthen(waiting, self.cluster.time_limit)
+
+        _wait(is_back, f"the run to go on after {outcome.fault}", idle=idle)
         faults.revive_nodes(self.devcluster)
         fresh = [entry for entry in journal.read_attempts(folder) if entry["started"] > injected]
         hit = [entry for entry in journal.read_attempts(folder) if entry["started"] <= injected][-1:]
