@@ -5,6 +5,7 @@ distributed optimizer, in both precisions. One group of four processes goes thro
 """
 
 import contextlib
+import gc
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,6 +68,7 @@ def _as_rank(rank: int, meeting: Path, layout: Layout, origin: Path) -> Iterator
     run = load_run(origin / "run.yaml", [f"parallel.{key}={value}" for key, value in settings.items()])
     yield build_trainer(run, parallel.start(run, rank, size, rank, meeting))
     parallel.stop()
+    gc.collect()  # of the model before, and with it of its process groups, whose threads look around all day
 
 
 def _save(trainer: Any, origin: Path, folder: Path) -> None:
