@@ -11,6 +11,7 @@ ourselves because `.metadata` is a pickle: here it may name the few classes that
 """
 
 import contextlib
+import json
 import math
 import pickle
 from collections import defaultdict
@@ -180,7 +181,10 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 def write_index(folder: Path, placed: Iterable[Placed]) -> None:
-    """Writes `.metadata`, and the two small files by which Megatron-core knows a checkpoint of its own."""
+    """Writes `.metadata`, and the two small files by which Megatron-core knows a checkpoint of its own.
+
+    The caller forces the folder to the disk, before it counts.
+    """
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for one in placed:
@@ -196,8 +200,8 @@ def write_index(folder: Path, placed: Iterable[Placed]) -> None:
         stored.chunks.append(ChunkStorageMetadata(torch.Size(one.offset), torch.Size(one.size)))
         storage[index] = info
     metadata = Metadata(entries, storage_data=storage, version="1.0.0")
-    files.write_file(folder / METADATA, pickle.dumps(metadata))
-    files.write_json(folder / "metadata.json", FOR_MEGATRON)
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    (folder / "metadata.json").write_text(json.dumps(FOR_MEGATRON) + "\n")
     torch.save({}, folder / "common.pt")
 
 

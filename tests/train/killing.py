@@ -13,7 +13,7 @@ from typing import Any
 
 from crystal_hpc import files
 from crystal_hpc.train import checkpoint, distcp, writing
-from crystal_hpc.train.manifest import Manifest
+from crystal_hpc.train.manifest import MANIFEST, Manifest
 
 SAVING = {module.__file__ for module in (checkpoint, distcp, writing, files)}
 
@@ -101,6 +101,10 @@ def _of_folder(source: Any, _target: Any) -> bool:
     return str(source).endswith(files.PENDING) and os.path.isdir(source)
 
 
+def _of_manifest(_source: Any, target: Any) -> bool:
+    return os.path.basename(target) == MANIFEST
+
+
 def _renamed(_source: Any, target: Any) -> bool:
     return os.path.basename(str(target)).startswith("step_")
 
@@ -122,9 +126,9 @@ OF_ANY_RANK: dict[str, Callable[[], None]] = {
 }
 OF_RANK_0: dict[str, Callable[[], None]] = {
     "between files": lambda: _before(distcp, "write_index"),
-    "before the index is renamed": lambda: _before(os, "replace"),
     "after the index": lambda: _after(distcp, "write_index"),
     "before the manifest": lambda: _before(Manifest, "write"),
+    "before the manifest is renamed": lambda: _before(os, "replace", _of_manifest),
     "after the manifest": lambda: _after(Manifest, "write"),
     "before the rename": lambda: _before(os, "rename", _of_folder),
     "after the rename": lambda: _after(os, "rename", _renamed),
