@@ -80,12 +80,14 @@ def take_turn(name: str, run: Run, layout: parallel.Layout, steps: int) -> Turn:
             step()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        peak = 0
         began = time.perf_counter()
         for _ in range(steps):
             step()
+            peak = max(peak, torch.cuda.max_memory_allocated() if cuda else 0)  # ours begins to count anew in each step
         torch.cuda.synchronize()
         seconds = (time.perf_counter() - began) / steps
-        return Turn(seconds, torch.cuda.max_memory_allocated() if cuda else 0, left_over)
+        return Turn(seconds, peak, left_over)
     finally:
         del step
         release(holders)
@@ -197,7 +199,9 @@ def _megatron(run: Run) -> tuple[Step, list[Any]]:
 
 
 def _bare_model(run: Run) -> DistributedDataParallel:
-    """Fused kernels as Megatron's own training script switches them on; muP's multipliers by our hooks."""
+    """Fused kernels as Megatron's own training script has them, and Transformer Engine's loss, as in our own step (of
+    which Megatron 0.19.2 warns); muP's multipliers by our hooks.
+    """
     model, cuda = run.model, backend.device().type == "cuda"
     with backend.quiet():
         config = TransformerConfig(

@@ -215,8 +215,8 @@ def test_a_checkpoint_has_the_tensors_that_the_cpu_rig_saves_and_can_be_exported
 
 
 def test_scales_that_live_from_step_to_step_are_refused_before_the_first_step(new_run: Callable[..., Path]) -> None:
-    folder = new_run("delayed", *MODEL, PHASES, *FORMATS["delayed"])
-    (ended,) = rig.run_ranks(rig.train, 1, folder)
+    folder = new_run("delayed", *MODEL, PHASES)
+    (ended,) = rig.run_ranks(rig.train, 1, folder, FORMATS["delayed"])  # which `prepare` would have refused
     assert isinstance(ended.error, CheckpointError)
     assert "choose tensorwise or blockwise" in str(ended.error)
     assert not list(folder.glob("metrics.jsonl"))
