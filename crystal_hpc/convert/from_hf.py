@@ -269,7 +269,7 @@ def _finish(source: Source, work: Work, manifest: Manifest, out: Path) -> Import
     }
     files.write_json(work.folder / IMPORT, about)
     entries = {note["file"]: FileEntry(note["bytes"], note["xxh3"]) for note in notes}
-    for name in (distcp.METADATA, "metadata.json", "common.pt", "model.yaml", IMPORT):
+    for name in (*distcp.INDEX_FILES, "model.yaml", IMPORT):
         path = work.folder / name
         files.fsync_path(path)
         entries[name] = FileEntry(path.stat().st_size, files.digest_file(path))

@@ -62,7 +62,7 @@ class _UnderWay:
 
 
 class Saver:
-    """The saves of one attempt. All methods but `before_update`, `vote` and `close` are collective calls."""
+    """The saves of one attempt. Collective calls are `begin`, `advance`, `finish` and `save`."""
 
     def __init__(
         self, trainer: Trainer, run_folder: Path, orders: Sequence[PhaseOrder], last: Manifest | None = None
@@ -157,7 +157,7 @@ class Saver:
         try:
             with self._standing_still():
                 self._advance(save)
-        except DiskError as error:
+        except (DiskError, OSError) as error:  # refused, or a storage that is sick
             self._failed(error, save.why)
             return None
         return None if self._under_way else save.position
@@ -196,7 +196,7 @@ class Saver:
         with contextlib.suppress(DiskError, OSError):  # the save itself is what counts
             files.append_line(self._folder / SAVES, {**about, "stood_still": stood_still, "time": time.time()})
 
-    def _failed(self, error: DiskError, why: Why) -> None:
+    def _failed(self, error: DiskError | OSError, why: Why) -> None:
         self._failures += 1
         if why == "asked for":
             self._take_trigger()  # or every step would try again
@@ -210,7 +210,7 @@ class Saver:
             return
         written, total = self._comm.sum([self._under_way.writer.written, 0])[0], self._under_way.total
         if self._under_way.position == position or written * 2 > total:
-            with contextlib.suppress(DiskError):  # the save that follows will say so, if it is refused as well
+            with contextlib.suppress(DiskError, OSError):  # the save that follows will say so, if it fails as well
                 self.finish()
             return
         log.info(
@@ -325,7 +325,7 @@ class Saver:
         try:
             if save.name:
                 keep(final, save.name)
-        except CrystalError as error:
+        except (CrystalError, OSError) as error:
             log.warning("%s is not kept by name: %s", final, error)
         self._take_trigger()
 

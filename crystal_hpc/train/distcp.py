@@ -2,7 +2,7 @@
 
 The format is torch.distributed.checkpoint's, as Megatron-core's `torch_dist` uses it: a tensor of the whole model under
 one key, cut into boxes, each saved with torch.save somewhere in some `.distcp` file; `.metadata` says which is where.
-Any layout writes it, and any other reads it: a reader asks for the boxes it needs. `state` says which boxes a rank
+Any layout writes it, and any other reads it: a reader asks for the boxes it needs. `sharding` says which boxes a rank
 has, `checkpoint` decides when a folder counts, `convert` reads and writes whole models.
 
 We write the files ourselves, for three reasons: a digest is taken of the bytes on their way out, a save can be given up
@@ -38,6 +38,7 @@ from crystal_hpc.errors import CheckpointError
 from crystal_hpc.train import archive
 
 METADATA = ".metadata"
+INDEX_FILES = (METADATA, "metadata.json", "common.pt")
 LARGEST_CHUNK = 64 << 20  # bytes; a reader has to load a chunk whole, however little of it it needs
 FOR_MEGATRON = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 

@@ -85,7 +85,7 @@ class Manifest:
         return sum(entry.bytes for entry in self.files.values())
 
     def write(self, folder: Path) -> None:
-        """Puts the manifest into a folder whose other files are complete and on disk."""
+        """Puts the manifest into a folder whose other files are complete."""
         content = {"format": FORMAT, **asdict(self)}
         files.write_json(folder / MANIFEST, content | {OWN_DIGEST: own_digest(content)})
 

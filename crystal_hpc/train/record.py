@@ -15,7 +15,7 @@ from crystal_hpc.config import derive
 from crystal_hpc.config.schema import Run
 from crystal_hpc.data.order import PhaseOrder
 from crystal_hpc.errors import CheckpointError
-from crystal_hpc.train import keys
+from crystal_hpc.train import distcp, keys
 from crystal_hpc.train.manifest import FileEntry, Manifest, TensorEntry, Why
 from crystal_hpc.train.state import Position
 from crystal_hpc.train.writing import RankResult
@@ -37,7 +37,7 @@ def describe(
 ) -> Manifest:
     """The manifest of what the ranks have written into a folder, and of the small files beside that."""
     written = {result.file.name: FileEntry(result.file.bytes, result.file.digest) for result in results}
-    small = sorted(path for path in folder.iterdir() if path.name not in written)
+    small = [folder / name for name in distcp.INDEX_FILES]  # not what else may lie there, as NFS leaves it
     now = time.time()
     return Manifest(
         kind="training",

@@ -111,9 +111,10 @@ def _newest(run_folder: Path, run: Run) -> Generation | None:
     """The newest generation by its manifest; what is none is moved away. Rank 0 alone asks."""
     found, bad = generations.generations(run_folder, run), generations.damaged(run_folder, run)
     for changed, help_ in _NOT_DAMAGE.items():
-        if bad and not found and all(changed in reason for _, reason in bad):
-            # Not the checkpoints are what changed: moving all of them away would help nobody.
-            raise CheckpointError(f"{bad[-1][0]}: {bad[-1][1]}; {help_}")
+        others = [(folder, reason) for folder, reason in bad if changed in reason]
+        if others and not found:
+            # Not the checkpoints are what changed: moving them away would help nobody.
+            raise CheckpointError(f"{others[-1][0]}: {others[-1][1]}; {help_}")
     for folder, reason in bad:
         moved = generations.quarantine(run_folder, folder, reason)
         log.warning("%s: %s; moved to %s", folder, reason, moved)

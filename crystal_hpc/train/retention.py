@@ -1,8 +1,8 @@
 """Which generations of a run stay on disk, why, and the deletion of the others.
 
-`reasons_to_keep` is the whole policy, as a function of config and manifests; `loop` calls `prune` after a save, and
-`crystal checkpoints` shows the reasons. A generation goes by a rename to `step_00001500.pruned`, after which it counts
-for nothing, and is then deleted; a crash between the two leaves a folder that the next start deletes.
+`reasons_to_keep` is the whole policy, as a function of config and manifests; `checkpoint` calls `prune` after a save,
+and `crystal checkpoints` shows the reasons. A generation goes by a rename to `step_00001500.pruned`, after which it
+counts for nothing, and is then deleted; a crash between the two leaves a folder that the next start deletes.
 """
 
 import errno

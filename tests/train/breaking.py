@@ -1,6 +1,7 @@
 """What tests break inside a rank before its attempt begins: `prepare` functions for `rig.train`."""
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
@@ -83,6 +84,20 @@ def slow_writing(_job: Any, seconds: float, part: float, then: Callable[[], obje
         going_on(writer)
 
     writing.RankWriter._go_on = go_on
+
+
+def sick_storage(_job: Any) -> None:
+    """The first file of a save that is closed is not on disk: an error that says nothing of space or permission."""
+    real, sick = distcp.FileWriter.close, True
+
+    def close(writer: Any) -> Any:
+        nonlocal sick
+        if sick:
+            sick = False
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(writer)
+
+    distcp.FileWriter.close = close
 
 
 def slow_completion(job: Any, number: int) -> None:

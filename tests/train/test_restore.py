@@ -196,8 +196,13 @@ def test_a_run_that_has_lost_all_its_generations_does_not_begin_again(
     assert len(list((folder / "quarantine").iterdir())) == 3 and steps_saved(folder) == []
 
 
-def test_a_changed_config_is_an_error_and_nothing_is_moved(new_run: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("one_is_damaged", [False, True])
+def test_a_changed_config_is_an_error_and_nothing_is_moved(
+    new_run: Callable[..., Path], tmp_path: Path, one_is_damaged: bool
+) -> None:
     folder = branch(short_run(new_run), tmp_path / "changed", 3)
+    if one_is_damaged:
+        (generation(folder, 3) / "manifest.json").write_text("{")
     before = sorted(folder.rglob("*"))
     (ended,) = run_ranks(train, 1, folder, ["optimizer.beta1=0.8"])
     assert isinstance(ended.error, CheckpointError) and "use a run folder of its own" in str(ended.error)

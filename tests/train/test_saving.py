@@ -122,6 +122,26 @@ def test_a_save_under_way_when_a_signal_comes_is_given_up_at_its_beginning_and_f
     assert_same_states(folder, origin, (*left, 4))
 
 
+def sick_while_signalled(job: Any) -> None:
+    breaking.sick_storage(job)
+    signal_while_writing(job, 0.8)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_storage_that_fails_costs_a_periodic_save_and_not_the_one_on_a_signal(
+    new_run: NewRun, tmp_path: Path, size: int
+) -> None:
+    origin = short_run(new_run, size)
+    folder = branch(origin, tmp_path / "sick", 0)
+    assert attempt(folder, breaking.sick_storage, size=size).stop == "NO"
+    assert f"prose/step_{1:08d}" not in steps_saved(folder)
+    assert_same_states(folder, origin, (4,))
+    folder = branch(origin, tmp_path / "sick-and-signalled", 0)
+    assert attempt(folder, sick_while_signalled, size=size).stop == "TIME_LIMIT"
+    assert steps_saved(folder) == ["prose/step_00000002"]
+    assert_same_states(folder, origin, (2,))
+
+
 def bombarded(job: Any, number: int) -> None:
     """A group of its own, which gets signals from when the first save is half written until long after its end."""
     os.setpgrp()
