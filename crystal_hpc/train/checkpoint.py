@@ -34,7 +34,7 @@ from crystal_hpc.train.step import Trainer, gather_weights
 from crystal_hpc.train.writing import CopyBuffer, RankResult, RankWriter
 
 SAVES = "saves.jsonl"
-"""In the run folder: a line for each checkpoint when it has become durable, whether or not it is kept."""
+"""In the run folder: a line for each checkpoint, at the step boundary after it has become durable, kept or not."""
 TRIGGER = "save"
 """A file of this name in the run folder asks for a save; what is in it, if anything, names the checkpoint for good."""
 MOST_FAILURES = 3
